@@ -1,0 +1,247 @@
+"""The two transactions of a call, for many calls at once: claim with reservation, and settlement.
+
+A worker collects what its calls want to write and commits it together. Each operation in a batch gets an answer of its own;
+one that comes too late (another worker was faster, the run was paused, the fence is stale) is told so and changes
+nothing. Every operation may be repeated after a commit whose outcome is unknown: a claim is recognised by its random
+token, a settlement by the attempt that is no longer open.
+"""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sqlalchemy import Connection, Row, select
+
+from orchestrator.database import cache, ledger, runs
+from orchestrator.database.tables import llm_usage
+
+OpenAttempts = dict[tuple[int, int], Row[Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """Wish to send one attempt of a call.
+
+    Attributes:
+        call: number of the call.
+        run: number of its run.
+        held_fence: None to claim a pending call; the fence under which this worker already holds it otherwise.
+        token: random 62-bit number of this wish.
+        worst_nusd: the worst price of the attempt, nano-USD.
+        budget_ids: budgets to hold it against.
+    """
+
+    call: int
+    run: int
+    step: str
+    provider: str
+    model: str
+    worker: str
+    token: int
+    worst_nusd: int
+    budget_ids: tuple[int, ...]
+    price_source: str
+    held_fence: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Claimed:
+    """The attempt is reserved: it may be sent once it is marked as sent."""
+
+    fence: int
+    number: int
+
+
+@dataclass(frozen=True, slots=True)
+class NotMine:
+    """Somebody else holds the call, it has ended, or its run does not run: nothing to do."""
+
+
+@dataclass(frozen=True, slots=True)
+class OverBudget:
+    """The reservation does not fit into a budget.
+
+    Attributes:
+        for_good: it would not fit even if everything in flight cost nothing; otherwise waiting may help.
+    """
+
+    scope: str
+    limit_nusd: int
+    needed_nusd: int
+    for_good: bool
+
+
+ClaimAnswer = Claimed | NotMine | OverBudget
+
+
+@dataclass(frozen=True, slots=True)
+class MarkSent:
+    """Wish to send a reserved attempt now."""
+
+    call: int
+    number: int
+
+
+@dataclass(frozen=True, slots=True)
+class Settlement:
+    """Outcome of one attempt, and what it means for its call."""
+
+    call: int
+    number: int
+    fence: int
+    worker: str
+    usage: ledger.Usage
+    end: runs.CallEnd
+    text: runs.CallText | None = None
+    cache: cache.CacheEntry | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Closing:
+    """End of a pending call that needs no attempt: skipped, answered from the cache, or impossible to ask."""
+
+    call: int
+    end: runs.CallEnd
+    text: runs.CallText | None = None
+
+
+def claim(connection: Connection, claims: Sequence[Claim]) -> list[ClaimAnswer]:
+    """Claims calls and reserves their worst prices, first come first served; answers in the order given."""
+    rows = runs.lock_calls(connection, (wish.call for wish in claims))
+    repeated = _claims_already_made(connection, claims, rows)
+    budgets = ledger.lock_budgets(connection, (id_ for wish in claims for id_ in wish.budget_ids))
+    taken: dict[int, int] = defaultdict(int)
+    answers: list[ClaimAnswer] = []
+    granted: list[tuple[Claim, Claimed]] = []
+    claimed: set[int] = set()
+    for wish in claims:
+        row = rows.get(wish.call)
+        if wish.token in repeated:
+            answers.append(repeated[wish.token])
+        elif row is None or wish.call in claimed or not _may_claim(wish, row):
+            answers.append(NotMine())
+        elif (refusal := _over_budget(wish, [budgets[id_] for id_ in wish.budget_ids], taken)) is not None:
+            answers.append(refusal)
+        else:
+            for id_ in wish.budget_ids:
+                taken[id_] += wish.worst_nusd
+            fence = row.fence + 1 if wish.held_fence is None else row.fence
+            granted.append((wish, Claimed(fence, row.attempts + 1)))
+            claimed.add(wish.call)
+            answers.append(granted[-1][1])
+    ledger.reserve(connection, taken)
+    runs.claim_calls(connection, [(wish.call, grant.fence, wish.worker) for wish, grant in granted])
+    ledger.open_attempts(connection, [_attempt_row(wish, grant) for wish, grant in granted])
+    return answers
+
+
+def _may_claim(wish: Claim, row: Row[Any]) -> bool:
+    if row.run_status != "running":
+        return False
+    if wish.held_fence is None:
+        return row.status == "pending"
+    return row.status == "running" and row.fence == wish.held_fence and row.worker_id == wish.worker
+
+
+def _claims_already_made(
+    connection: Connection, claims: Sequence[Claim], rows: dict[int, Row[Any]]
+) -> dict[int, Claimed]:
+    """Answers of a batch whose first commit succeeded without our hearing of it, by token."""
+    suspects = [
+        wish
+        for wish in claims
+        if (row := rows.get(wish.call)) is not None and row.status == "running" and row.worker_id == wish.worker
+    ]
+    if not suspects:
+        return {}
+    columns = llm_usage.c
+    query = select(columns.token, columns.fence, columns.number).where(
+        columns.prompt_execution_id.in_([wish.call for wish in suspects]),
+        columns.token.in_([wish.token for wish in suspects]),
+    )
+    return {row.token: Claimed(row.fence, row.number) for row in connection.execute(query)}
+
+
+def _over_budget(wish: Claim, budgets: Sequence[ledger.Budget], taken: dict[int, int]) -> OverBudget | None:
+    for budget in budgets:
+        free = budget.free_nusd()
+        if free is not None and budget.limit_nusd is not None and taken[budget.id] + wish.worst_nusd > free:
+            needed = budget.spent_nusd + budget.excess_nusd + wish.worst_nusd
+            return OverBudget(budget.scope, budget.limit_nusd, needed, not budget.can_ever_take(wish.worst_nusd))
+    return None
+
+
+def _attempt_row(wish: Claim, grant: Claimed) -> dict[str, Any]:
+    return {
+        "provider": wish.provider,
+        "model": wish.model,
+        "workflow_execution_id": wish.run,
+        "prompt_execution_id": wish.call,
+        "step": wish.step,
+        "number": grant.number,
+        "token": wish.token,
+        "fence": grant.fence,
+        "worker_id": wish.worker,
+        "reserved_nusd": wish.worst_nusd,
+        "budget_ids": ",".join(str(id_) for id_ in wish.budget_ids),
+        "price_source": wish.price_source,
+    }
+
+
+def settle(connection: Connection, settlements: Sequence[Settlement]) -> list[bool]:
+    """Books attempts and moves their calls; False for those whose call was taken over meanwhile.
+
+    A late attempt keeps its cost and its response as `stale`: money spent is money spent, but the answer of the
+    successor stands.
+    """
+    rows = runs.lock_calls(connection, (one.call for one in settlements))
+    attempts = ledger.find_attempts(connection, rows)
+    booked: list[tuple[Row[Any], ledger.Usage]] = []
+    ends: list[tuple[int, runs.CallEnd, runs.CallText | None, int, int, int]] = []
+    answers: list[bool] = []
+    for one in settlements:
+        row, attempt = rows.get(one.call), attempts.get((one.call, one.number))
+        if row is None or attempt is None:
+            answers.append(row is not None)
+            continue
+        mine = row.status == "running" and row.fence == one.fence and row.worker_id == one.worker
+        mine = mine and attempt.status != "unknown"
+        booked.append((attempt, one.usage if mine else _as_stale(one.usage)))
+        answers.append(mine)
+        if mine:
+            used = one.usage
+            ends.append((one.call, one.end, one.text, used.input_tokens, used.output_tokens, used.cost_nusd))
+    ledger.settle(connection, booked)
+    runs.end_calls(connection, ends)
+    runs.note_progress(connection, (rows[end[0]].window_id for end in ends))
+    cache.store(connection, [one.cache for one, mine in zip(settlements, answers, strict=True) if mine and one.cache])
+    return answers
+
+
+def _as_stale(usage: ledger.Usage) -> ledger.Usage:
+    return ledger.Usage(
+        status="stale",
+        input_tokens=usage.input_tokens,
+        output_tokens=usage.output_tokens,
+        cached_tokens=usage.cached_tokens,
+        estimated=usage.estimated,
+        cost_nusd=usage.cost_nusd,
+        latency_ms=usage.latency_ms,
+        http_status=usage.http_status,
+        request_id=usage.request_id,
+        model_answered=usage.model_answered,
+        error_code=usage.error_code or "taken_over",
+        error_message=usage.error_message,
+        response=usage.response,
+    )
+
+
+def close(connection: Connection, closings: Sequence[Closing]) -> list[bool]:
+    """Ends pending calls without an attempt; False for those that were not pending any more."""
+    rows = runs.lock_calls(connection, (one.call for one in closings))
+    answers = [one.call in rows and rows[one.call].status == "pending" for one in closings]
+    ended = [one for one, mine in zip(closings, answers, strict=True) if mine]
+    runs.end_calls(connection, [(one.call, one.end, one.text, 0, 0, 0) for one in ended])
+    runs.note_progress(connection, (rows[one.call].window_id for one in ended))
+    return answers

@@ -1,0 +1,71 @@
+"""Answers that were paid for once, kept for equal calls in this run and in others.
+
+The key is a hash of everything that shapes the answer (see `workers.client`), so an entry is never wrong, only old.
+All functions work inside the caller's transaction.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+
+from sqlalchemy import Connection, delete, select
+from sqlalchemy.dialects import postgresql, sqlite
+
+from orchestrator.database.tables import result_cache
+
+
+@dataclass(frozen=True, slots=True)
+class CacheEntry:
+    """An answer worth keeping for equal calls.
+
+    Attributes:
+        key: hash of everything that shapes the answer.
+        prompt_hash: hash of the messages alone.
+        result: JSON text.
+        ttl_s: seconds for which it may be used.
+    """
+
+    key: str
+    prompt_hash: str
+    result: str
+    ttl_s: float
+
+
+def find(connection: Connection, keys: Iterable[str]) -> Mapping[str, str]:
+    """The stored results (JSON text) of those keys that are known and not expired, by key."""
+    query = select(result_cache.c.cache_key, result_cache.c.result).where(
+        result_cache.c.cache_key.in_(list(keys)), result_cache.c.expires_at > datetime.now(UTC)
+    )
+    return {row.cache_key: row.result for row in connection.execute(query)}
+
+
+def store(connection: Connection, entries: Sequence[CacheEntry]) -> None:
+    """Keeps results; a newer one replaces an older one of the same key."""
+    if not entries:
+        return
+    dialect = sqlite if connection.dialect.name == "sqlite" else postgresql
+    started = datetime.now(UTC)
+    statement = dialect.insert(result_cache)
+    statement = statement.on_conflict_do_update(
+        index_elements=["cache_key"],
+        set_={"result": statement.excluded.result, "expires_at": statement.excluded.expires_at},
+    )
+    rows = {
+        entry.key: {
+            "cache_key": entry.key,
+            "prompt_hash": entry.prompt_hash,
+            "result": entry.result,
+            "expires_at": started + timedelta(seconds=entry.ttl_s),
+        }
+        for entry in entries
+    }
+    # Sorted, so that two workers that store the same keys wait for each other instead of deadlocking.
+    connection.execute(statement, [rows[key] for key in sorted(rows)])
+
+
+def purge(connection: Connection, *, everything: bool = False) -> int:
+    """Removes expired results, or all of them; returns how many."""
+    statement = delete(result_cache)
+    if not everything:
+        statement = statement.where(result_cache.c.expires_at <= datetime.now(UTC))
+    return connection.execute(statement).rowcount

@@ -1,0 +1,133 @@
+"""Connections to SQLite and Postgres that behave alike: one way to begin, one clock, short transactions.
+
+SQLite runs in WAL mode with full synchronisation, and a writing transaction takes the write lock when it begins
+(`BEGIN IMMEDIATE`): waiting happens at the start and never as a deadlock in the middle. Postgres runs at READ
+COMMITTED; whoever decides on rows locks them first. Sessions on Postgres carry time-outs, so that a hung client
+cannot block the others for long.
+"""
+
+import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from sqlalchemy import (
+    URL,
+    ColumnElement,
+    Connection,
+    Double,
+    Engine,
+    create_engine,
+    event,
+    func,
+    literal_column,
+    make_url,
+)
+from sqlalchemy.engine.interfaces import DBAPIConnection
+from sqlalchemy.exc import ArgumentError
+from sqlalchemy.pool import ConnectionPoolEntry
+
+SQLITE_BUSY_MS = 30_000
+POSTGRES_OPTIONS = "-c statement_timeout=60000 -c lock_timeout=30000 -c idle_in_transaction_session_timeout=60000"
+
+
+def parse_url(text: str) -> URL:
+    """Reads a `DATABASE_URL` and fills in the driver we ship with.
+
+    Returns:
+        A URL for `sqlite` or `postgresql+psycopg`.
+
+    Raises:
+        ValueError: the text is no URL, or names another kind of database. The message holds no password.
+    """
+    try:
+        url = make_url(text)
+    except ArgumentError:
+        raise ValueError("DATABASE_URL is not a URL; expected sqlite:///FILE or postgresql://HOST/NAME") from None
+    match url.drivername:
+        case "sqlite" | "sqlite+pysqlite":
+            return url.set(drivername="sqlite")
+        case "postgres" | "postgresql" | "postgresql+psycopg":
+            return url.set(drivername="postgresql+psycopg")
+        case other:
+            raise ValueError(f"DATABASE_URL names {other!r}; expected sqlite:///FILE or postgresql://HOST/NAME")
+
+
+def open_engine(url: URL, pool_size: int = 6) -> Engine:
+    """Opens an engine; nothing is connected yet. The directory of an SQLite file is created.
+
+    Args:
+        url: from `parse_url`.
+        pool_size: connections kept; threads beyond it wait.
+    """
+    if url.drivername == "sqlite":
+        return _open_sqlite(url, pool_size)
+    return create_engine(
+        url,
+        pool_size=pool_size,
+        max_overflow=0,
+        pool_pre_ping=True,
+        pool_timeout=30,
+        connect_args={
+            "connect_timeout": 10,
+            "options": POSTGRES_OPTIONS,
+            "keepalives": 1,
+            "keepalives_idle": 15,
+            "keepalives_interval": 5,
+            "keepalives_count": 3,
+            "application_name": "llm-orchestrator",
+        },
+    )
+
+
+def _open_sqlite(url: URL, pool_size: int) -> Engine:
+    if url.database and url.database != ":memory:":
+        Path(url.database).parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    engine = create_engine(
+        url,
+        pool_size=pool_size,
+        max_overflow=0,
+        connect_args={"timeout": SQLITE_BUSY_MS / 1000, "check_same_thread": False},
+    )
+
+    @event.listens_for(engine, "connect")
+    def prepare(connection: DBAPIConnection, _entry: ConnectionPoolEntry) -> None:  # pyright: ignore[reportUnusedFunction]  # registered by the decorator
+        # The driver's own BEGIN comes late and takes no write lock; ours is emitted below.
+        if isinstance(
+            connection.driver_connection if hasattr(connection, "driver_connection") else connection, sqlite3.Connection
+        ):
+            connection.isolation_level = None
+        cursor = connection.cursor()
+        cursor.execute("PRAGMA journal_mode=WAL")
+        cursor.execute("PRAGMA synchronous=FULL")
+        cursor.execute("PRAGMA foreign_keys=ON")
+        cursor.execute(f"PRAGMA busy_timeout={SQLITE_BUSY_MS}")
+        cursor.close()
+
+    @event.listens_for(engine, "begin")
+    def begin(connection: Connection) -> None:  # pyright: ignore[reportUnusedFunction]  # registered by the decorator
+        writes = connection.get_execution_options().get("writes", False)
+        connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
+
+    return engine
+
+
+def now(connection: Connection) -> ColumnElement[float]:
+    """The database's clock as a column: seconds since the epoch, with at least milliseconds."""
+    if connection.dialect.name == "sqlite":
+        return literal_column("((julianday('now') - 2440587.5) * 86400.0)", Double)
+    return func.extract("epoch", func.clock_timestamp()).cast(Double)
+
+
+@contextmanager
+def writing(engine: Engine) -> Iterator[Connection]:
+    """One transaction that writes; commits at the end, rolls back when the block raises."""
+    with engine.connect().execution_options(writes=True) as connection, connection.begin():
+        yield connection
+
+
+@contextmanager
+def reading(engine: Engine) -> Iterator[Connection]:
+    """One transaction that only reads: a consistent picture on SQLite, read-committed on Postgres."""
+    with engine.connect() as connection, connection.begin():
+        yield connection

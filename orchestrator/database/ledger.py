@@ -1,0 +1,271 @@
+"""Money: attempts, reservations, budgets and settlements. The only writer of `llm_usage` and `budgets`.
+
+An attempt is one sending of a call. Before it may be sent, the worst price it can have is reserved against every
+budget it belongs to; afterwards the reservation becomes what it really cost. The invariant
+
+    spent + reserved <= limit
+
+is a CHECK constraint, so no order of events can break it. An attempt whose outcome nobody knows is booked at its worst
+price with the status `unknown`, and is never released by the passing of time.
+
+All functions work inside the caller's transaction. Whoever changes several budgets locks them in the order of their ids.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from sqlalchemy import Connection, Row, bindparam, func, insert, select, update
+
+from orchestrator.database.engine import now
+from orchestrator.database.tables import budgets, llm_usage
+
+GLOBAL_SCOPE = "global"
+NUSD = 1_000_000_000
+
+AttemptStatus = Literal["reserved", "sent", "ok", "bad_output", "refused", "retryable", "fatal", "unknown", "stale"]
+OPEN_ATTEMPT = ("reserved", "sent")
+
+
+def run_scope(run: int) -> str:
+    """The name of the budget of one run."""
+    return f"run:{run}"
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """A limit and what has been taken from it, in nano-USD; `limit_nusd` is None when there is no limit."""
+
+    id: int
+    scope: str
+    limit_nusd: int | None
+    spent_nusd: int
+    reserved_nusd: int
+    excess_nusd: int
+
+    def free_nusd(self) -> int | None:
+        """What may still be reserved now; None without a limit. Never negative."""
+        if self.limit_nusd is None:
+            return None
+        return max(0, self.limit_nusd - self.spent_nusd - self.reserved_nusd - self.excess_nusd)
+
+    def can_ever_take(self, worst_nusd: int) -> bool:
+        """Whether `worst_nusd` would fit if everything in flight turned out to be free."""
+        return self.limit_nusd is None or self.spent_nusd + self.excess_nusd + worst_nusd <= self.limit_nusd
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """What an attempt turned out to be. Tokens count cached input in `input_tokens`; `cost_nusd` is nano-USD."""
+
+    status: AttemptStatus
+    input_tokens: int = 0
+    output_tokens: int = 0
+    cached_tokens: int = 0
+    estimated: bool = False
+    cost_nusd: int = 0
+    latency_ms: int | None = None
+    http_status: int | None = None
+    request_id: str | None = None
+    model_answered: str | None = None
+    error_code: str | None = None
+    error_message: str | None = None
+    response: str | None = None
+
+
+def set_limit(connection: Connection, scope: str, limit_nusd: int | None) -> Budget:
+    """Creates the budget of a scope, or changes its limit.
+
+    A limit below what is already spent and reserved cannot be kept, so it is raised to that sum: nothing new is sent, and
+    what is in flight may settle. Safe to repeat.
+    """
+    row = connection.execute(select(budgets).where(budgets.c.scope == scope).with_for_update()).one_or_none()
+    if row is None:
+        connection.execute(insert(budgets).values(scope=scope, limit_nusd=limit_nusd))
+    else:
+        kept = limit_nusd if limit_nusd is None else max(limit_nusd, row.spent_nusd + row.reserved_nusd)
+        connection.execute(update(budgets).where(budgets.c.scope == scope).values(limit_nusd=kept))
+    return find_budget(connection, scope)
+
+
+def find_budget(connection: Connection, scope: str) -> Budget:
+    """The budget of a scope.
+
+    Raises:
+        LookupError: there is none.
+    """
+    row = connection.execute(select(budgets).where(budgets.c.scope == scope)).one_or_none()
+    if row is None:
+        raise LookupError(f"no budget is called {scope!r}")
+    return _budget(row)
+
+
+def lock_budgets(connection: Connection, ids: Iterable[int]) -> dict[int, Budget]:
+    """Locks budgets until the end of the transaction and returns them by id."""
+    query = select(budgets).where(budgets.c.id.in_(sorted(set(ids)))).order_by(budgets.c.id).with_for_update()
+    return {row.id: _budget(row) for row in connection.execute(query)}
+
+
+def reserve(connection: Connection, taken_nusd: Mapping[int, int]) -> None:
+    """Adds to the reservations of locked budgets. The caller has checked that it fits; the database checks again."""
+    _apply(connection, {id_: (amount, 0, 0) for id_, amount in taken_nusd.items()})
+
+
+def open_attempts(connection: Connection, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Writes new attempts as `reserved`; each row holds every column that `llm_usage` demands but the times."""
+    if rows:
+        connection.execute(insert(llm_usage).values(status="reserved", reserved_at=now(connection)), rows)
+
+
+def mark_sent(connection: Connection, attempts: Sequence[tuple[int, int]]) -> None:
+    """Notes that attempts (call, number) are about to leave. After the commit they may have been paid for."""
+    statement = (
+        update(llm_usage)
+        .where(
+            llm_usage.c.prompt_execution_id == bindparam("call"),
+            llm_usage.c.number == bindparam("attempt"),
+            llm_usage.c.status == "reserved",
+        )
+        .values(status="sent", sent_at=now(connection))
+    )
+    if attempts:
+        connection.execute(statement, [{"call": call, "attempt": number} for call, number in attempts])
+
+
+def find_attempts(connection: Connection, calls: Iterable[int]) -> dict[tuple[int, int], Row[Any]]:
+    """Locks and returns the attempts of some calls that may still change, by (call, number)."""
+    columns = llm_usage.c
+    query = (
+        select(
+            columns.prompt_execution_id,
+            columns.number,
+            columns.status,
+            columns.token,
+            columns.reserved_nusd,
+            columns.budget_ids,
+            columns.cost_nusd,
+        )
+        .where(columns.prompt_execution_id.in_(list(calls)), columns.status.in_((*OPEN_ATTEMPT, "unknown")))
+        .with_for_update()
+    )
+    return {(row.prompt_execution_id, row.number): row for row in connection.execute(query)}
+
+
+def settle(connection: Connection, settled: Sequence[tuple[Row[Any], Usage]]) -> None:
+    """Turns reservations into what the attempts really cost.
+
+    An attempt that was already booked as `unknown` is corrected by the difference. What a provider reports beyond the
+    worst price is kept apart as `excess_nusd`, where it blocks new reservations without breaking the constraint.
+
+    Args:
+        connection: the caller's transaction.
+        settled: rows from `find_attempts`, each with its outcome. A row may stand here once only.
+    """
+    deltas: dict[int, tuple[int, int, int]] = defaultdict(lambda: (0, 0, 0))
+    for row, usage in settled:
+        booked = row.cost_nusd if row.status == "unknown" else 0
+        released = 0 if row.status == "unknown" else row.reserved_nusd
+        inside = min(usage.cost_nusd, row.reserved_nusd)
+        for budget in split_ids(row.budget_ids):
+            reserved, spent, excess = deltas[budget]
+            deltas[budget] = (reserved - released, spent + inside - booked, excess + usage.cost_nusd - inside)
+    _apply(connection, deltas)
+    if settled:
+        connection.execute(_SETTLE.values(settled_at=now(connection)), [_settle_values(r, u) for r, u in settled])
+
+
+def book_unknown(connection: Connection, rows: Sequence[Row[Any]]) -> int:
+    """Ends the open attempts of a dead worker: what was sent is `unknown` at its worst price, the rest is released.
+
+    Returns:
+        How many attempts are now unknown.
+    """
+    lost = [row for row in rows if row.status == "sent"]
+    settle(connection, [(row, Usage("unknown", cost_nusd=row.reserved_nusd, estimated=True)) for row in lost])
+    unsent = [row for row in rows if row.status == "reserved"]
+    settle(connection, [(row, Usage("stale", error_code="never_sent")) for row in unsent])
+    return len(lost)
+
+
+def split_ids(text: str) -> tuple[int, ...]:
+    """Reads `llm_usage.budget_ids`."""
+    return tuple(int(part) for part in text.split(",") if part)
+
+
+def _apply(connection: Connection, deltas: Mapping[int, tuple[int, int, int]]) -> None:
+    statement = (
+        update(budgets)
+        .where(budgets.c.id == bindparam("budget"))
+        .values(
+            reserved_nusd=budgets.c.reserved_nusd + bindparam("reserved"),
+            spent_nusd=budgets.c.spent_nusd + bindparam("spent"),
+            excess_nusd=budgets.c.excess_nusd + bindparam("excess"),
+        )
+    )
+    for budget in sorted(deltas):
+        reserved, spent, excess = deltas[budget]
+        connection.execute(statement, {"budget": budget, "reserved": reserved, "spent": spent, "excess": excess})
+
+
+def _budget(row: Row[Any]) -> Budget:
+    return Budget(row.id, row.scope, row.limit_nusd, row.spent_nusd, row.reserved_nusd, row.excess_nusd)
+
+
+_SETTLE = (
+    update(llm_usage)
+    .where(llm_usage.c.prompt_execution_id == bindparam("call"), llm_usage.c.number == bindparam("attempt"))
+    .values(
+        status=bindparam("to_status"),
+        input_tokens=bindparam("to_input"),
+        output_tokens=bindparam("to_output"),
+        cached_tokens=bindparam("to_cached"),
+        estimated=bindparam("to_estimated"),
+        cost_nusd=bindparam("to_cost"),
+        cost_usd=bindparam("to_cost_usd"),
+        latency_ms=bindparam("to_latency"),
+        http_status=bindparam("to_http"),
+        request_id=bindparam("to_request"),
+        model_answered=bindparam("to_model"),
+        error_code=bindparam("to_code"),
+        error_message=bindparam("to_message"),
+        response=bindparam("to_response"),
+    )
+)
+
+
+def _settle_values(row: Row[Any], usage: Usage) -> dict[str, Any]:
+    return {
+        "call": row.prompt_execution_id,
+        "attempt": row.number,
+        "to_status": usage.status,
+        "to_input": usage.input_tokens,
+        "to_output": usage.output_tokens,
+        "to_cached": usage.cached_tokens,
+        "to_estimated": usage.estimated,
+        "to_cost": usage.cost_nusd,
+        "to_cost_usd": usage.cost_nusd / NUSD,
+        "to_latency": usage.latency_ms,
+        "to_http": usage.http_status,
+        "to_request": usage.request_id,
+        "to_model": usage.model_answered,
+        "to_code": usage.error_code,
+        "to_message": usage.error_message,
+        "to_response": usage.response,
+    }
+
+
+def totals(connection: Connection, run: int) -> dict[str, int]:
+    """Sums over the attempts of one run: `cost_nusd`, `unconfirmed_nusd`, `input`, `output`, `cached`."""
+    columns = llm_usage.c
+    unknown = func.sum(columns.cost_nusd).filter(columns.status == "unknown")
+    row = connection.execute(
+        select(
+            func.coalesce(func.sum(columns.cost_nusd), 0).label("cost_nusd"),
+            func.coalesce(unknown, 0).label("unconfirmed_nusd"),
+            func.coalesce(func.sum(columns.input_tokens), 0).label("input"),
+            func.coalesce(func.sum(columns.output_tokens), 0).label("output"),
+            func.coalesce(func.sum(columns.cached_tokens), 0).label("cached"),
+        ).where(columns.workflow_execution_id == run)
+    ).one()
+    return {key: int(value) for key, value in row._mapping.items()}

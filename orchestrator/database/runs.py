@@ -1,0 +1,368 @@
+"""The life of a run, of its windows and of its calls: the only writer of their statuses.
+
+Every move is one conditional UPDATE: it names the state it starts from, and a move that finds another state changes
+nothing. A call that is `running` is held by one worker under one fence; a write that carries an older fence finds
+no row, so a worker that was taken for dead cannot overwrite its successor's work.
+
+All functions work inside the caller's transaction.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from sqlalchemy import Connection, Row, and_, bindparam, case, exists, func, insert, null, or_, select, update
+
+from orchestrator.database.engine import now
+from orchestrator.database.tables import prompt_executions, windows, workflow_executions
+
+CallStatus = Literal["pending", "running", "completed", "failed", "skipped", "cancelled"]
+RunStatus = Literal["pending", "running", "paused", "completed", "failed", "cancelled"]
+OPEN_CALL = ("pending", "running")
+OPEN_RUN = ("pending", "running", "paused")
+POISON_AFTER = 3
+"""Workers that may die holding one call before it counts as the cause."""
+
+_calls = prompt_executions.c
+_runs = workflow_executions.c
+
+
+@dataclass(frozen=True, slots=True)
+class CallEnd:
+    """What becomes of a call after an attempt, or without one.
+
+    Attributes:
+        status: `completed`, `failed` or `skipped` end it; `pending` puts it back; `running` keeps it held.
+        result: JSON text of the answer; None unless completed.
+        next_at_s: seconds from now before it may be claimed again; None for at once. Only with `pending`.
+        route: place in the fallback chain, provider and model for the next attempt; None leaves the route.
+        reask: the next attempt asks again because the answer was bad.
+    """
+
+    status: CallStatus
+    result: str | None = None
+    error_code: str | None = None
+    error_message: str | None = None
+    quality_score: float | None = None
+    cached: bool = False
+    next_at_s: float | None = None
+    route: tuple[int, str, str] | None = None
+    reask: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class CallText:
+    """What was asked: the rendered prompt and the hash of the request."""
+
+    rendered_prompt: str
+    prompt_hash: str
+
+
+def lock_run(connection: Connection, run: int) -> Row[Any]:
+    """Locks and returns a run's row: decisions about one run are taken one after the other.
+
+    Raises:
+        LookupError: the run was deleted.
+    """
+    row = connection.execute(select(workflow_executions).where(_runs.id == run).with_for_update()).one_or_none()
+    if row is None:
+        raise LookupError(f"run {run} does not exist")
+    return row
+
+
+def move_run(connection: Connection, run: int, to: RunStatus, reason: str | None, *, sources: Sequence[RunStatus]) -> bool:
+    """Moves a run to another status; True if it was in one of the `sources`. An end sets the times."""
+    values: dict[str, Any] = {"status": to, "reason": reason}
+    if to in ("completed", "failed", "cancelled"):
+        values |= _ended(connection)
+    else:
+        values |= {"completed_at": None, "duration_seconds": None}
+    moved = connection.execute(
+        update(workflow_executions).where(_runs.id == run, _runs.status.in_(sources)).values(**values)
+    )
+    return moved.rowcount == 1
+
+
+def _ended(connection: Connection) -> dict[str, Any]:
+    if connection.dialect.name == "sqlite":
+        seconds = (func.julianday("now") - func.julianday(_runs.started_at)) * 86400.0
+    else:
+        seconds = func.extract("epoch", func.clock_timestamp() - _runs.started_at)
+    return {"completed_at": func.current_timestamp(), "duration_seconds": seconds}
+
+
+def set_stage(connection: Connection, run: int, *, segment: int, phase: str, reduce_index: int) -> None:
+    """Notes how far a locked run is."""
+    statement = update(workflow_executions).where(_runs.id == run)
+    connection.execute(statement.values(segment=segment, phase=phase, reduce_index=reduce_index))
+
+
+def open_window(connection: Connection, window: int, calls: Sequence[dict[str, Any]]) -> None:
+    """Opens a pending window and writes its calls. The calls exist once, however often this is tried."""
+    moved = connection.execute(
+        update(windows).where(windows.c.id == window, windows.c.status == "pending").values(status="open")
+    )
+    if moved.rowcount == 1 and calls:
+        connection.execute(insert(prompt_executions).values(status="pending", window_id=window), calls)
+
+
+def note_published(connection: Connection, window: int, open_calls: int) -> int:
+    """Counts a round of an open window; returns its number, from 1."""
+    statement = (
+        update(windows)
+        .where(windows.c.id == window)
+        .values(round=windows.c.round + 1, published_at=now(connection), wake_at=None, open_at_round=open_calls)
+        .returning(windows.c.round)
+    )
+    return connection.execute(statement).scalar_one()
+
+
+def wake_window_in(connection: Connection, window: int, seconds: float) -> None:
+    """Asks for another round of an open window after some seconds."""
+    statement = update(windows).where(windows.c.id == window, windows.c.status == "open")
+    connection.execute(statement.values(wake_at=now(connection) + seconds))
+
+
+def close_window(connection: Connection, window: int) -> bool:
+    """Closes an open window without open calls and counts it; False if it was not open any more."""
+    moved = connection.execute(
+        update(windows)
+        .where(windows.c.id == window, windows.c.status == "open")
+        .values(status="closed", wake_at=None, **_counts(window))
+    )
+    return moved.rowcount == 1
+
+
+def _counts(window: int) -> dict[str, Any]:
+    of_window = _calls.window_id == window
+    counted: dict[str, Any] = {
+        status: select(func.count()).where(of_window, _calls.status == status).scalar_subquery()
+        for status in ("completed", "failed", "skipped", "cancelled")
+    }
+    failed = select(func.count(func.distinct(_calls.item_ordinal))).where(
+        of_window, _calls.item_ordinal >= 0, _calls.status == "failed"
+    )
+    asked = prompt_executions.alias()
+    untouched = select(func.count(func.distinct(_calls.item_ordinal))).where(
+        of_window,
+        _calls.item_ordinal >= 0,
+        _calls.status == "skipped",
+        ~exists().where(
+            asked.c.window_id == window,
+            asked.c.item_ordinal == _calls.item_ordinal,
+            asked.c.status != "skipped",
+        ),
+    )
+    return counted | {"items_failed": failed.scalar_subquery(), "items_skipped": untouched.scalar_subquery()}
+
+
+def reopen_window(connection: Connection, window: int) -> None:
+    """Opens a closed window again, because calls in it are to be asked again."""
+    connection.execute(update(windows).where(windows.c.id == window, windows.c.status == "closed").values(status="open"))
+
+
+def note_progress(connection: Connection, window_ids: Iterable[int]) -> None:
+    """Notes that calls of these windows were settled just now."""
+    ids = sorted(set(window_ids))
+    if ids:
+        connection.execute(update(windows).where(windows.c.id.in_(ids)).values(progress_at=now(connection)))
+
+
+def lock_calls(connection: Connection, ids: Iterable[int]) -> dict[int, Row[Any]]:
+    """Locks calls in the order of their ids and returns what a claim or a settlement decides on."""
+    query = (
+        select(
+            _calls.id,
+            _calls.status,
+            _calls.fence,
+            _calls.worker_id,
+            _calls.attempts,
+            _calls.window_id,
+            _calls.claimed_at,
+            workflow_executions.c.status.label("run_status"),
+        )
+        .join(workflow_executions, workflow_executions.c.id == _calls.workflow_execution_id)
+        .where(_calls.id.in_(sorted(set(ids))))
+        .order_by(_calls.id)
+        .with_for_update(of=prompt_executions)
+    )
+    return {row.id: row for row in connection.execute(query)}
+
+
+def claim_calls(connection: Connection, claims: Sequence[tuple[int, int, str]]) -> None:
+    """Claims locked, pending calls, or counts a further attempt of calls already held.
+
+    Args:
+        connection: the caller's transaction.
+        claims: (call, new fence, worker); the fence stays as it is when the call is already held.
+    """
+    if claims:
+        statement = _CLAIM.values(claimed_at=func.coalesce(_calls.claimed_at, now(connection)))
+        connection.execute(statement, [{"call": c, "to_fence": f, "to_worker": w} for c, f, w in claims])
+
+
+def end_calls(connection: Connection, ends: Sequence[tuple[int, CallEnd, CallText | None, int, int, int]]) -> None:
+    """Writes the outcome of locked calls.
+
+    Args:
+        connection: the caller's transaction.
+        ends: (call, outcome, text, input tokens, output tokens, cost in nano-USD) of the attempt just settled.
+    """
+    if ends:
+        clock = now(connection)
+        over = bindparam("over", type_=prompt_executions.c.cached.type)
+        statement = _END.values(
+            completed_at=case((over, clock), else_=null()),
+            execution_time_ms=case((over, (clock - func.coalesce(_calls.claimed_at, clock)) * 1000), else_=null()),
+            next_at=clock + bindparam("wait"),
+        )
+        connection.execute(statement, [_end_values(*end) for end in ends])
+
+
+def _end_values(call: int, end: CallEnd, text: CallText | None, tokens_in: int, tokens_out: int, cost: int) -> dict[str, Any]:
+    route_index, provider, model = end.route or (None, None, None)
+    return {
+        "call": call,
+        "to_status": end.status,
+        "to_result": end.result,
+        "to_code": end.error_code,
+        "to_message": end.error_message,
+        "to_quality": end.quality_score,
+        "to_cached": end.cached,
+        "to_prompt": text.rendered_prompt if text else None,
+        "to_hash": text.prompt_hash if text else None,
+        "to_route": route_index,
+        "to_provider": provider,
+        "to_model": model,
+        "new_reasks": int(end.reask),
+        "tokens_in": tokens_in,
+        "tokens_out": tokens_out,
+        "cost": cost,
+        "over": end.status not in OPEN_CALL,
+        "held": end.status == "running",
+        "wait": end.next_at_s,
+    }
+
+
+_CLAIM = (
+    update(prompt_executions)
+    .where(_calls.id == bindparam("call"))
+    .values(
+        status="running",
+        fence=bindparam("to_fence"),
+        worker_id=bindparam("to_worker"),
+        attempts=_calls.attempts + 1,
+        route_attempts=_calls.route_attempts + 1,
+        next_at=None,
+    )
+)
+_new_route = bindparam("to_route", type_=_calls.route_index.type)
+_END = (
+    update(prompt_executions)
+    .where(_calls.id == bindparam("call"))
+    .values(
+        status=bindparam("to_status"),
+        result=bindparam("to_result"),
+        error_code=bindparam("to_code"),
+        error_message=bindparam("to_message"),
+        quality_score=bindparam("to_quality"),
+        cached=bindparam("to_cached"),
+        rendered_prompt=func.coalesce(bindparam("to_prompt", type_=_calls.rendered_prompt.type), _calls.rendered_prompt),
+        prompt_hash=func.coalesce(bindparam("to_hash", type_=_calls.prompt_hash.type), _calls.prompt_hash),
+        route_index=func.coalesce(_new_route, _calls.route_index),
+        route_attempts=case((_new_route.is_(None), _calls.route_attempts), else_=0),
+        llm_provider=func.coalesce(bindparam("to_provider", type_=_calls.llm_provider.type), _calls.llm_provider),
+        llm_model=func.coalesce(bindparam("to_model", type_=_calls.llm_model.type), _calls.llm_model),
+        reasks=_calls.reasks + bindparam("new_reasks"),
+        input_tokens=func.coalesce(_calls.input_tokens, 0) + bindparam("tokens_in"),
+        output_tokens=func.coalesce(_calls.output_tokens, 0) + bindparam("tokens_out"),
+        cost_nusd=_calls.cost_nusd + bindparam("cost"),
+        cost_usd=(_calls.cost_nusd + bindparam("cost")) / 1e9,
+        worker_id=case((bindparam("held", type_=_calls.cached.type), _calls.worker_id), else_=null()),
+    )
+)
+
+
+def hold_calls_of(connection: Connection, workers_gone: Sequence[str]) -> list[int]:
+    """Locks the running calls of workers and returns their ids."""
+    query = (
+        select(_calls.id)
+        .where(_calls.worker_id.in_(workers_gone), _calls.status == "running")
+        .order_by(_calls.id)
+        .with_for_update()
+    )
+    return list(connection.execute(query).scalars())
+
+
+def free_calls(connection: Connection, ids: Sequence[int], *, lost: bool) -> None:
+    """Puts held calls back; a call that outlived `POISON_AFTER` workers is failed instead.
+
+    Args:
+        connection: the caller's transaction, in which the calls are locked.
+        ids: the calls.
+        lost: their worker died, rather than put them back itself.
+    """
+    if not ids:
+        return
+    died = _calls.lost_workers + (1 if lost else 0)
+    poison = died >= POISON_AFTER
+    statement = (
+        update(prompt_executions)
+        .where(_calls.id.in_(ids), _calls.status == "running")
+        .values(
+            status=case((poison, "failed"), else_="pending"),
+            error_code=case((poison, "poison"), else_=null()),
+            error_message=case((poison, f"{POISON_AFTER} workers died while they held this call"), else_=null()),
+            completed_at=case((poison, now(connection)), else_=null()),
+            worker_id=None,
+            lost_workers=died,
+        )
+    )
+    connection.execute(statement)
+
+
+def cancel_calls(connection: Connection, run: int) -> int:
+    """Cancels the pending calls of a run; those in flight may still settle. Returns how many."""
+    statement = update(prompt_executions).where(_calls.workflow_execution_id == run, _calls.status == "pending")
+    return connection.execute(statement.values(status="cancelled", completed_at=now(connection))).rowcount
+
+
+def open_calls(connection: Connection, window: int) -> list[Row[Any]]:
+    """The calls of a window that are not ended, in the order step, item: what another round is made of.
+
+    Columns: id, prompt_name, item_ordinal, llm_provider, status, waits_s (seconds until `next_at`; NULL or negative: none).
+    """
+    query = (
+        select(
+            _calls.id,
+            _calls.prompt_name,
+            _calls.item_ordinal,
+            _calls.llm_provider,
+            _calls.status,
+            (_calls.next_at - now(connection)).label("waits_s"),
+        )
+        .where(_calls.window_id == window, _calls.status.in_(OPEN_CALL))
+        .order_by(_calls.prompt_name, _calls.item_ordinal, _calls.judge, _calls.repeat)
+    )
+    return list(connection.execute(query))
+
+
+def windows_to_wake(connection: Connection, silent_s: float) -> list[Row[Any]]:
+    """Open windows of running runs that are due, or silent for too long: columns id, run.
+
+    A window is silent when nothing of it was published or settled for `silent_s` seconds and none of its calls is held.
+    """
+    clock = now(connection)
+    quiet = and_(
+        windows.c.wake_at.is_(None),
+        func.coalesce(windows.c.progress_at, 0) < clock - silent_s,
+        func.coalesce(windows.c.published_at, 0) < clock - silent_s,
+        ~exists().where(_calls.window_id == windows.c.id, _calls.status == "running"),
+    )
+    query = (
+        select(windows.c.id, windows.c.workflow_execution_id.label("run"))
+        .join(workflow_executions, _runs.id == windows.c.workflow_execution_id)
+        .where(_runs.status == "running", windows.c.status == "open", or_(windows.c.wake_at <= clock, quiet))
+        .order_by(windows.c.id)
+    )
+    return list(connection.execute(query))

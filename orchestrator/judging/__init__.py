@@ -1,0 +1,1 @@
+"""How answers become verdicts: pure functions over answers, without a database and without a provider."""

@@ -1,0 +1,109 @@
+"""What is pinned when a run begins, so that every worker asks the same questions until it ends.
+
+A `RunSpec` holds the pack's files, the variables, the routes with their prices, and the sizes of the pieces. It travels in
+the run's row and nowhere else: a worker on another machine needs no copy of the pack, and a pack that is edited
+during a run changes nothing.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from hashlib import sha256
+from typing import Any
+
+from orchestrator.workflow import WORKFLOW_FILE, Workflow, read_workflow
+from providers.pricing import Price
+
+SPEC_VERSION = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """One way to ask: provider, model and parameters, with the price that was known when the run began.
+
+    Attributes:
+        reason: why it was chosen, for `explain`.
+        price: None when nobody knows it and the operator allowed that; such calls are booked at zero.
+    """
+
+    provider: str
+    model: str
+    max_output_tokens: int
+    temperature: float | None
+    seed: int | None
+    price: Price | None
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class RunSpec:
+    """Everything a worker needs to know of a run.
+
+    Attributes:
+        pack_files: text by file name, `workflow.toml` included.
+        routes: by step name, the primary route first; only for steps that ask.
+        cache_ttl_s: seconds; 0 turns the cache off.
+        parent: names under which budgets are looked up later.
+    """
+
+    workflow: Workflow
+    pack_files: Mapping[str, str]
+    variables: Mapping[str, Any]
+    routes: Mapping[str, tuple[Route, ...]]
+    window_size: int
+    shard_size: int
+    lanes: int
+    cache_ttl_s: int
+
+    def to_json(self) -> str:
+        """JSON text that `from_json` reads back."""
+        return json.dumps(
+            {
+                "spec_version": SPEC_VERSION,
+                "pack_files": dict(self.pack_files),
+                "variables": dict(self.variables),
+                "routes": {step: [_route_to_json(route) for route in routes] for step, routes in self.routes.items()},
+                "window_size": self.window_size,
+                "shard_size": self.shard_size,
+                "lanes": self.lanes,
+                "cache_ttl_s": self.cache_ttl_s,
+            },
+            sort_keys=True,
+        )
+
+    @classmethod
+    def from_json(cls, text: str) -> "RunSpec":
+        """Reads what `to_json` wrote.
+
+        Raises:
+            ValueError: it was written by a release with another version of this text.
+        """
+        data = json.loads(text)
+        if data["spec_version"] != SPEC_VERSION:
+            raise ValueError(f"the run was begun by another release (spec version {data['spec_version']})")
+        workflow, _ = read_workflow(data["pack_files"][WORKFLOW_FILE], WORKFLOW_FILE)
+        return cls(
+            workflow=workflow,
+            pack_files=data["pack_files"],
+            variables=data["variables"],
+            routes={
+                step: tuple(_route_from_json(route) for route in routes) for step, routes in data["routes"].items()
+            },
+            window_size=data["window_size"],
+            shard_size=data["shard_size"],
+            lanes=data["lanes"],
+            cache_ttl_s=data["cache_ttl_s"],
+        )
+
+    def template_label(self, file: str) -> str:
+        """A template's name with its version: the first 12 hex digits of the hash of its text."""
+        return f"{file}@{sha256(self.pack_files[file].encode()).hexdigest()[:12]}"
+
+
+def _route_to_json(route: Route) -> dict[str, Any]:
+    return asdict(route) | {"price": None if route.price is None else route.price.to_json()}
+
+
+def _route_from_json(data: dict[str, Any]) -> Route:
+    price = data["price"]
+    return Route(**(data | {"price": None if price is None else Price.from_json(price)}))
