@@ -37,7 +37,7 @@ class ProviderSettings:
         base_url: Address of the API, without the method's path; None for dialects without a network.
         api_key: None where the service wants none. Unwrapped only when a header is built.
         timeout_s: Default deadline in seconds for programs that build requests; a request carries its own.
-        options: Data for the dialect, usually a catalog row's options with the user's on top.
+        options: The user's data for the dialect; the catalog row of this name supplies what is missing.
     """
 
     name: str

@@ -17,6 +17,8 @@ from providers.messages import Message
 TOKENS_PER_MESSAGE = 4
 TOKENS_PER_REQUEST = 10
 UPPER_TOKENS_PER_MESSAGE = 16
+# What adapters or services write around a schema to explain it to the model.
+UPPER_TOKENS_PER_SCHEMA = 64
 
 # First UTF-8 byte of a character -> class, and what one character of that class weighs in tokens.
 _SCRIPTS: tuple[tuple[int, int, bytes, float], ...] = (
@@ -73,7 +75,7 @@ def upper_bound(messages: Sequence[Message], answer_schema: Mapping[str, object]
     """Return a number of input tokens that no byte-level tokenizer exceeds for this request."""
     total = sum(len(message.content.encode("utf-8", "replace")) for message in messages)
     if answer_schema is not None:
-        total += len(json.dumps(answer_schema))
+        total += len(json.dumps(answer_schema)) + UPPER_TOKENS_PER_SCHEMA
     return total + UPPER_TOKENS_PER_MESSAGE * len(messages) + TOKENS_PER_REQUEST
 
 
