@@ -5,7 +5,7 @@ value of its expression. Where a shape is not known (`UNKNOWN`) nothing is claim
 (`is defined`, `| default(...)`) is not reported, and what a guard proves holds inside its branch only.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final, cast
 
@@ -24,11 +24,14 @@ class Unknown:
 UNKNOWN: Final = Unknown()
 """Given as a sample value, it says: this name exists, its shape is not known before the run."""
 
+LOOP_ATTRIBUTES: Final = frozenset(
+    {
+        *("index", "index0", "revindex", "revindex0", "first", "last", "length", "depth", "depth0"),
+        *("previtem", "nextitem", "cycle", "changed"),
+    }
+)
 _SAME_ELEMENTS = frozenset({"list", "sort", "unique", "reverse", "select", "reject", "selectattr", "rejectattr"})
-_LOOP: Final[Mapping[str, object]] = {
-    name: UNKNOWN
-    for name in ["index", "index0", "revindex", "revindex0", "first", "last", "length", "depth", "depth0", "previtem", "nextitem", "cycle", "changed"]
-}
+_LOOP: Final[Mapping[str, object]] = {name: UNKNOWN for name in LOOP_ATTRIBUTES}
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,10 +120,10 @@ def _visit(node: nodes.Node, analysis: _Analysis) -> None:
         case nodes.Expr():
             _value(node, analysis)
         case _:
-            _visit_all(list(node.iter_child_nodes()), analysis)
+            _visit_all(node.iter_child_nodes(), analysis)
 
 
-def _visit_all(children: list[nodes.Node], analysis: _Analysis) -> None:
+def _visit_all(children: Iterable[nodes.Node], analysis: _Analysis) -> None:
     for child in children:
         _visit(child, analysis)
 
@@ -138,7 +141,7 @@ def _visit_for(node: nodes.For, analysis: _Analysis) -> None:
     _visit_all(node.else_, analysis)
 
 
-def _under(proofs: list[str], body: list[nodes.Node], analysis: _Analysis) -> None:
+def _under(proofs: list[str], body: Sequence[nodes.Node], analysis: _Analysis) -> None:
     analysis.guarded.extend(proofs)
     _visit_all(body, analysis)
     del analysis.guarded[len(analysis.guarded) - len(proofs) :]
@@ -199,24 +202,24 @@ def _value(node: nodes.Node, analysis: _Analysis) -> object:
             return _filtered(name, node, analysis)
         case nodes.List(items=items) | nodes.Tuple(items=items):
             return [_value(item, analysis) for item in items]
+        case _:
+            _visit_operands(node, analysis)
+            return UNKNOWN
+
+
+def _visit_operands(node: nodes.Node, analysis: _Analysis) -> None:
+    match node:
         case nodes.And():
             _value(node.left, analysis)
-            analysis.guarded.extend(proofs := _proofs(node.left))
-            _value(node.right, analysis)
-            del analysis.guarded[len(analysis.guarded) - len(proofs) :]
-            return UNKNOWN
+            _under(_proofs(node.left), [node.right], analysis)
         case nodes.CondExpr():
             _value(node.test, analysis)
-            analysis.guarded.extend(proofs := _proofs(node.test))
-            _value(node.expr1, analysis)
-            del analysis.guarded[len(analysis.guarded) - len(proofs) :]
+            _under(_proofs(node.test), [node.expr1], analysis)
             if node.expr2 is not None:
                 _value(node.expr2, analysis)
-            return UNKNOWN
         case _:
             for child in node.iter_child_nodes():
                 _value(child, analysis)
-            return UNKNOWN
 
 
 def _lookup(name: str, node: nodes.Node, analysis: _Analysis) -> object:

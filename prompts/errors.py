@@ -48,18 +48,22 @@ class PromptError(Exception):
 
     @property
     def template(self) -> str:
+        """The template at fault, which may be an included one."""
         return self.problem.template
 
     @property
     def line(self) -> int | None:
+        """The line of the file, from 1; None when the fault belongs to the whole file."""
         return self.problem.line
 
     @property
     def column(self) -> int | None:
+        """The column in the line, from 1; None when not known."""
         return self.problem.column
 
     @property
     def hint(self) -> str | None:
+        """What to do about it, or None."""
         return self.problem.hint
 
 

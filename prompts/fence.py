@@ -28,8 +28,8 @@ _BRACKET_TOKEN = re.compile(
     re.IGNORECASE,
 )
 _ANGLE_TOKEN = re.compile(
-    r"<(?=[ \t]{0,3}/?[ \t]{0,3}(?:system|assistant|user|human|developer|tool|function|instructions?|prompt|s|bos|eos|unk|pad|sys|"
-    r"start_of_turn|end_of_turn|start_of_image|untrusted|tool_call|tool_response|function_calls|think|thinking|"
+    r"<(?=[ \t]{0,3}/?[ \t]{0,3}(?:system|assistant|user|human|developer|tool|function|instructions?|prompt|"
+    r"s|bos|eos|unk|pad|sys|start_of_turn|end_of_turn|start_of_image|untrusted|tool_call|tool_response|function_calls|think|thinking|"
     r"begin_of_text|end_of_text|endoftext)\b[^<>\n]{0,80}>)",
     re.IGNORECASE,
 )
@@ -39,6 +39,8 @@ _DELIMITER = re.compile("<{3,}")
 _ROLE_LINE = re.compile(
     r"^([ \t>*_#]*(?:human|assistant|system|user|developer|ai)[ \t*_]*):", re.IGNORECASE | re.MULTILINE
 )
+# Most names, addresses and numbers are this plain; every rule below but the one for role lines needs another character.
+_PLAIN = re.compile(r"[\t\n !-\"$-;=-Z\\-~]*")
 _HEADING_LINE = re.compile(
     r"^([ \t]*)(#{1,6})(?=[ \t]*(?:instructions?|response|input|system|user|assistant|human)\b)",
     re.IGNORECASE | re.MULTILINE,
@@ -50,6 +52,8 @@ def neutralise(text: str) -> str:
 
     Ordinary prose, code and JSON come out unchanged. Safe to repeat: the result is a fixed point.
     """
+    if _PLAIN.fullmatch(text):
+        return _ROLE_LINE.sub(_wide_colon, text) if ":" in text else text
     text = _NEWLINES.sub("\n", text)
     text = _INVISIBLE.sub("", text)
     text = _SURROGATE.sub("\ufffd", text)
@@ -58,7 +62,11 @@ def neutralise(text: str) -> str:
     text = _ANGLE_TOKEN.sub("\u2039", text)
     text = _BRACKET_TOKEN.sub("\u27e6", text)
     text = _HEADING_LINE.sub(lambda match: match.group(1) + "\uff03" * len(match.group(2)), text)
-    return _ROLE_LINE.sub(lambda match: match.group(1) + "\uff1a", text)
+    return _ROLE_LINE.sub(_wide_colon, text)
+
+
+def _wide_colon(match: re.Match[str]) -> str:
+    return match.group(1) + "\uff1a"
 
 
 def fence(text: str, label: str = "data", limit: int = DEFAULT_LIMIT) -> str:

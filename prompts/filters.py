@@ -10,7 +10,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import cast
 
-from jinja2 import Undefined, pass_context, pass_environment
+from jinja2 import Environment, Undefined, pass_context, pass_environment
 from jinja2 import filters as builtin
 from jinja2.runtime import Context
 from jinja2.tests import TESTS as BUILTIN_TESTS
@@ -23,7 +23,27 @@ _MAX_INDENT = 40
 _MAX_DIGITS = 15
 
 _ALLOWED_TESTS = frozenset(
-    ["boolean", "defined", "divisibleby", "eq", "equalto", "even", "false", "float", "ge", "greaterthan", "gt", "in", "integer", "iterable", "le", "lessthan", "lower", "lt", "mapping", "ne", "none", "number", "odd", "sequence", "string", "true", "undefined", "upper", "==", "!=", "<", "<=", ">", ">="]
+    {
+        *(
+            "boolean",
+            "defined",
+            "divisibleby",
+            "even",
+            "false",
+            "float",
+            "in",
+            "integer",
+            "iterable",
+            "lower",
+            "mapping",
+        ),
+        *("none", "number", "odd", "sequence", "string", "true", "undefined", "upper"),
+        *("eq", "equalto", "==", "ne", "!=", "lt", "lessthan", "<", "le", "<=", "gt", "greaterthan", ">", "ge", ">="),
+    }
+)
+_SAFE_BUILTIN_FILTERS = (
+    *("d", "default", "first", "float", "int", "last", "list", "map", "max", "min", "reject", "rejectattr", "reverse"),
+    *("select", "selectattr", "sort", "unique"),
 )
 
 
@@ -35,9 +55,9 @@ def to_text(value: object) -> str:
             object of the program can be printed into a prompt.
         LimitExceeded: When it is too large.
     """
+    if type(value) is str:
+        return value
     kind = type(value)
-    if kind is str:
-        return cast("str", value)
     if kind is int or kind is float or kind is bool or value is None:
         return str(value)
     if isinstance(value, Undefined):
@@ -92,8 +112,8 @@ def _join_texts(texts: list[str], separator: str) -> str:
 
 
 @pass_environment
-def _join(environment: object, value: Iterable[object], d: str = "", attribute: str | int | None = None) -> str:
-    get = cast("Callable[[object], object]", builtin.make_attrgetter(environment, attribute))  # pyright: ignore
+def _join(environment: Environment, value: Iterable[object], d: str = "", attribute: str | int | None = None) -> str:
+    get = builtin.make_attrgetter(environment, attribute)
     parts = value if attribute is None else map(get, value)
     return _join_texts([to_text(part) for part in parts], to_text(d))
 
@@ -153,9 +173,9 @@ def _dictsort(value: object, by: str = "key", reverse: bool = False) -> list[tup
 
 @pass_environment
 def _sum(
-    environment: object, iterable: Iterable[object], attribute: str | int | None = None, start: float = 0
+    environment: Environment, iterable: Iterable[object], attribute: str | int | None = None, start: float = 0
 ) -> float:
-    get = cast("Callable[[object], object]", builtin.make_attrgetter(environment, attribute))  # pyright: ignore
+    get = builtin.make_attrgetter(environment, attribute)
     numbers = list(iterable if attribute is None else map(get, iterable))
     if not all(isinstance(number, (int, float)) for number in [*numbers, start]):
         raise TypeError("sum adds numbers only")
@@ -215,7 +235,7 @@ def allowed_filters() -> dict[str, Callable[..., object]]:
         "~concat": concatenate,
         "~steps": loop_steps,
     }
-    for name in ["d", "default", "first", "float", "int", "last", "list", "map", "max", "min", "reject", "rejectattr", "reverse", "select", "selectattr", "sort", "unique"]:
+    for name in _SAFE_BUILTIN_FILTERS:
         own[name] = cast("Callable[..., object]", builtin.FILTERS[name])
     return own
 

@@ -45,6 +45,11 @@ class Meter:
         self._deadline_s = 0.0
 
     def step(self) -> None:
+        """Count one loop step.
+
+        Raises:
+            LimitExceeded: When steps or processor time have run out.
+        """
         if self._steps % _STEPS_PER_CLOCK_READING == 0:
             self._check_time()
         self._steps += 1

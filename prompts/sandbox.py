@@ -18,6 +18,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import missing
 from jinja2.visitor import NodeTransformer
 
+from .analysis import LOOP_ATTRIBUTES
 from .errors import TemplateProblem, did_you_mean
 from .filters import allowed_filters, allowed_tests, to_text
 from .limits import MAX_INTEGER_BITS, MAX_RANGE, MAX_VALUE_SIZE, LimitExceeded, weigh
@@ -63,15 +64,17 @@ _EXPRESSIONS = (
     nodes.Mod,
     nodes.Pow,
 )
-_LOOP_ATTRIBUTES = frozenset(
-    ["index", "index0", "revindex", "revindex0", "first", "last", "length", "depth", "depth0", "previtem", "nextitem", "cycle", "changed"]
-)
-_CALLABLE_LOOP_ATTRIBUTES = frozenset({"cycle", "changed"})
+_CALLABLELOOP_ATTRIBUTES = frozenset({"cycle", "changed"})
+_MAX_BASE = 1_000_000
+_MAX_EXPONENT = 64
 _RESERVED_NAMES = frozenset({"self", "super", "caller", "varargs", "kwargs"})
 
 
 class MissingValue(UndefinedError):
-    """An undefined value was used. `name` is the missing key (None when a filter found nothing), `owner` what lacks it."""
+    """An undefined value was used.
+
+    `name` is the missing key (None when a filter found nothing), `owner` what lacks it (`missing` for the values).
+    """
 
     def __init__(self, owner: object, name: object, message: str | None = None) -> None:
         super().__init__(message)
@@ -109,10 +112,11 @@ class PromptEnvironment(ImmutableSandboxedEnvironment):
             autoescape=False,
             trim_blocks=True,
             lstrip_blocks=True,
+            keep_trailing_newline=True,
             auto_reload=False,
         )
         self.globals.clear()
-        self.globals["range"] = _range
+        cast("dict[str, object]", self.globals)["range"] = _range
         self.filters.clear()
         self.filters.update(allowed_filters())
         self.tests.clear()
@@ -120,11 +124,12 @@ class PromptEnvironment(ImmutableSandboxedEnvironment):
 
     def getattr(self, obj: object, attribute: str) -> object:
         """Return the key `attribute` of a mapping, or one of the named attributes of a loop; else an undefined."""
-        if isinstance(obj, Mapping):
-            value = cast("Mapping[str, object]", obj).get(attribute, missing)
-            if value is not missing:
-                return value
-        elif isinstance(obj, LoopContext) and attribute in _LOOP_ATTRIBUTES:
+        # The exact type first: an abstract check costs more than the rest of a lookup, and prompts look up a lot.
+        if type(obj) is dict or isinstance(obj, Mapping):
+            members: Mapping[str, object] = obj
+            if attribute in members:
+                return members[attribute]
+        elif isinstance(obj, LoopContext) and attribute in LOOP_ATTRIBUTES:
             return cast("object", getattr(obj, attribute))
         return self.undefined(obj=obj, name=attribute)
 
@@ -152,13 +157,13 @@ class PromptEnvironment(ImmutableSandboxedEnvironment):
         match operator, left, right:
             case "%", str(), _:
                 raise SecurityError("text cannot be formatted with %")
-            case "**", int() | float(), int() | float() if abs(right) > 64 or abs(left) > 10**6:
-                raise LimitExceeded("a power needs a base up to 1000000 and an exponent up to 64")
-            case "*", (str() | list() | tuple()) as sequence, int(count):
-                _check_size(weigh(sequence) * max(count, 0))
-            case "*", int(count), (str() | list() | tuple()) as sequence:
-                _check_size(weigh(sequence) * max(count, 0))
-            case "+", (str() | list() | tuple()), (str() | list() | tuple()):
+            case "**", int() | float(), int() | float() if abs(right) > _MAX_EXPONENT or abs(left) > _MAX_BASE:
+                raise LimitExceeded(f"a power needs a base up to {_MAX_BASE} and an exponent up to {_MAX_EXPONENT}")
+            case "*", _, int():
+                _check_size(weigh(left) * right if _is_sequence(left) else 0)
+            case "*", int(), _:
+                _check_size(weigh(right) * left if _is_sequence(right) else 0)
+            case "+", _, _ if _is_sequence(left) and _is_sequence(right):
                 _check_size(weigh(left) + weigh(right))
             case _:
                 pass
@@ -166,6 +171,10 @@ class PromptEnvironment(ImmutableSandboxedEnvironment):
         if isinstance(result, int) and result.bit_length() > MAX_INTEGER_BITS:
             raise LimitExceeded("a number grows too large")
         return result
+
+
+def _is_sequence(value: object) -> bool:
+    return isinstance(value, (str, list, tuple))
 
 
 def _check_size(size: int) -> None:
@@ -229,14 +238,15 @@ def _is_allowed_call(call: nodes.Call) -> bool:
         case nodes.Name(name="range"):
             return True
         case nodes.Getattr(node=nodes.Name(name="loop"), attr=attribute):
-            return attribute in _CALLABLE_LOOP_ATTRIBUTES
+            return attribute in _CALLABLELOOP_ATTRIBUTES
         case _:
             return False
 
 
 def _call_hint(call: nodes.Call) -> str:
     if isinstance(call.node, nodes.Getattr) and not call.node.attr.startswith("__"):
-        return f"use a filter, such as '| {'items' if call.node.attr == 'items' else 'join'}', instead of '.{call.node.attr}()'"
+        attribute = call.node.attr
+        return f"use a filter, such as '| {'items' if attribute == 'items' else 'join'}', instead of '.{attribute}()'"
     return "filters change values; only range() can be called"
 
 
@@ -255,7 +265,7 @@ class _Metering(NodeTransformer):
 
     def visit_For(self, node: nodes.For) -> nodes.Node:
         self.generic_visit(node)
-        node.iter = _filtered(node.iter, "~steps")
+        node.iter = _filtered(cast("nodes.Expr", node.iter), "~steps")
         return node
 
     def visit_Concat(self, node: nodes.Concat) -> nodes.Node:

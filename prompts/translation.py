@@ -77,12 +77,13 @@ def _undefined(
         return UndefinedVariable(TemplateProblem(template, line, None, message), "")
     name = str(error.name)
     path, column = _written(source, line, name)
-    if error.owner is missing:
+    owner: object = error.owner
+    if owner is missing:
         hint = did_you_mean(name, values)
-    elif isinstance(error.owner, Mapping):
-        hint = did_you_mean(name, map(str, cast("Mapping[object, object]", error.owner)))
+    elif isinstance(owner, Mapping):
+        hint = did_you_mean(name, map(str, cast("Mapping[object, object]", owner)))
     else:
-        hint = f"it belongs to a {type(error.owner).__name__}, which has no fields"
+        hint = "it belongs to a value without fields"
     return UndefinedVariable(TemplateProblem(template, line, column, f"'{path}' is not defined", hint), path)
 
 
