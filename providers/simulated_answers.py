@@ -23,7 +23,7 @@ _SUBJECT = re.compile(
 _HEADING = re.compile(r"^#{1,3}\s+(.{1,120}?)\s*$", re.MULTILINE)
 _MAX_DEPTH = 12
 _DEFAULT_LOW, _DEFAULT_SPAN = 0.0, 10.0
-_SUBJECT_SHARE = 0.65
+_SUBJECT_SHARE = 0.8
 _VERDICTS = (
     (0.25, "is weak", "Large gaps remain before it could be recommended."),
     (0.45, "is below average", "Some parts work, several need attention."),
@@ -227,8 +227,7 @@ def _fitted(text: str, node: Mapping[str, Any]) -> str:
 
 
 def _sentence(judge: _Judge, node: Mapping[str, Any], place: str) -> str:
-    score = judge.score(place)
-    verdict, advice = _verdict(score)
+    verdict, advice = _verdict(judge.score("text"))
     description = node.get("description")
     name = re.sub(r"\[\d+\]$", "", place).rpartition(".")[2].replace("_", " ")
     topic = description.strip().rstrip(".").split("\n", 1)[0] if isinstance(description, str) and description else name
