@@ -81,7 +81,7 @@ class Limiter:
     def __init__(
         self, redis: Redis, prefix: str, *, margin: float = 0.01, horizon_s: float = 5.0, batch: int = 64
     ) -> None:
-        """Take a connected client and the deployment's key prefix.
+        """Remember the server and the deployment.
 
         Args:
             redis: client of the server that all processes share.
@@ -221,7 +221,7 @@ class Limiter:
         wait_s = retry_after_s * random.uniform(1.0, 1.1)  # noqa: S311 - spreads a herd, keeps no secret
         self._learn_not_before(state, self._bucket.clock.remote_us(self._now() + wait_s))
         state.not_before_at = max(state.not_before_at, self._now() + wait_s)
-        self._learn_not_before(state, await self._bucket.penalise(pool, wait_s, state.ttl_s, self._now))
+        self._learn_not_before(state, await self._bucket.penalise(pool, wait_s, state.ttl_s + wait_s, self._now))
 
     async def flush(self) -> None:
         """Wait until every settlement so far is written or has failed once more.
@@ -333,16 +333,8 @@ class Limiter:
 
     def _permit(self, pool: Pool, waiting: _Waiting, send_us: int, why: str) -> Permit:
         terms, send_at = waiting.terms, self._bucket.clock.local(send_us)
-        return Permit(
-            waiting.permit_id,
-            pool,
-            send_at,
-            waiting.costs,
-            why or None,
-            send_at + terms.slack_s,
-            send_us,
-            terms.firm,
-        )
+        late_after = send_at + terms.slack_s
+        return Permit(waiting.permit_id, pool, send_at, waiting.costs, why or None, late_after, send_us, terms.firm)
 
     def _refuse_hopeless(self, state: _PoolState, possible_at: float) -> None:
         """Answer those whose patience ends before the head of the queue could leave."""

@@ -38,19 +38,22 @@ if not incarnation then
   redis.call('PEXPIRE', STATE, ttl)
 end
 if known ~= '' and known ~= incarnation then
-  -- Somebody remembers a state that is gone (flush, restart without persistence). A full bucket now would add a second
-  -- burst to the window that the provider still remembers, so pacing starts again from empty.
+  -- Somebody remembers a state that is gone (flush, restart without persistence). What other processes were granted
+  -- lies within the horizon, so the next grant lies beyond it; and pacing starts from empty there, because a full
+  -- bucket would add a second burst to the window that the provider still remembers.
+  last = math.max(last, math.min(known_last, now + horizon))
   if tonumber(head[4] or '0') == 0 then
-    redis.call('HSET', STATE, 'lost', int(now))
+    last = math.max(last, now + horizon)
+    redis.call('HSET', STATE, 'lost', int(last))
     local fields = redis.call('HGETALL', STATE)
     for i = 1, #fields, 2 do
       if string.sub(fields[i], 1, 2) == 'd:' then
-        local level, rest = string.match(fields[i + 1], '^(.-)|(.*)$')
-        if tonumber(level) > 0 then redis.call('HSET', STATE, fields[i], '0|' .. rest) end
+        local level, at, rest = string.match(fields[i + 1], '^(.-)|(.-)|(.*)$')
+        level, at = math.min(0, tonumber(level)), math.max(last, tonumber(at))
+        redis.call('HSET', STATE, fields[i], string.format('%.17g|%.0f|%s', level, at, rest))
       end
     end
   end
-  last = math.max(last, math.min(known_last, now + horizon))
   redis.call('HSET', STATE, 'last', int(last))
   return {'lost', int(now), incarnation, int(not_before), int(last), 0, '', ''}
 end

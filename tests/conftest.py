@@ -1,0 +1,38 @@
+"""Servers that tests share: one Valkey and one Postgres per test session, clean for every test."""
+
+from collections.abc import Iterator
+
+import pytest
+from redis import Redis
+
+from tests.servers import PostgresServer, ValkeyServer, start_postgres, start_valkey
+
+
+@pytest.fixture(scope="session")
+def valkey_server() -> Iterator[ValkeyServer]:
+    """The session's Valkey; tests that stop or restart it start one of their own instead."""
+    with start_valkey() as server:
+        yield server
+
+
+@pytest.fixture
+def valkey(valkey_server: ValkeyServer) -> ValkeyServer:
+    """The session's Valkey, emptied before the test."""
+    with Redis.from_url(valkey_server.url) as client:
+        client.flushall()
+    return valkey_server
+
+
+@pytest.fixture(scope="session")
+def postgres_server() -> Iterator[PostgresServer]:
+    """The session's Postgres."""
+    with start_postgres() as server:
+        yield server
+
+
+@pytest.fixture
+def postgres_url(postgres_server: PostgresServer) -> Iterator[str]:
+    """SQLAlchemy URL of an empty database of this test's own."""
+    name = postgres_server.create()
+    yield postgres_server.url(name)
+    postgres_server.drop(name)
