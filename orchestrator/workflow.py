@@ -330,7 +330,9 @@ def _step_problems(
     if step.kind == "reduce" and step.when is not None:
         yield problem("when-on-reduce", "a condition can only stand at an item step", "when")
     if step.kind == "reduce" and step.reduce is None:
-        yield problem("missing-reduce", "a reduce step needs a table [steps.reduce]", hint="with rule = 'rank' or 'llm'")
+        yield problem(
+            "missing-reduce", "a reduce step needs a table [steps.reduce]", hint="with rule = 'rank' or 'llm'"
+        )
     if step.reduce is not None and step.kind == "reduce":
         yield from (
             problem(code, message, "reduce", *keys, hint=hint)
@@ -350,7 +352,10 @@ def _reduce_problems(
             yield "missing-prompt", "rule 'llm' needs a prompt", (), None
         ranking = by_name.get(reduce.ranking or "")
         if reduce.ranking is not None and (
-            ranking is None or ranking.reduce is None or ranking.reduce.rule != "rank" or reduce.ranking not in step.needs
+            ranking is None
+            or ranking.reduce is None
+            or ranking.reduce.rule != "rank"
+            or reduce.ranking not in step.needs
         ):
             yield "unknown-ranking", f"{reduce.ranking!r} is no ranking step among its needs", ("ranking",), None
         return
@@ -360,9 +365,7 @@ def _reduce_problems(
     if scored is None or scored.kind != "item" or scored.name not in step.needs:
         yield "unknown-step", "reduce.step must name an item step among its needs", ("step",), None
         return
-    numeric = {
-        name for name, field in (scored.answer.fields or {}).items() if field.type in ("integer", "number")
-    }
+    numeric = {name for name, field in (scored.answer.fields or {}).items() if field.type in ("integer", "number")}
     if not reduce.weights or sum(reduce.weights.values()) <= 0 or min(reduce.weights.values()) < 0:
         yield "bad-weights", "reduce.weights must not be negative and must have a positive sum", ("weights",), None
     for name in reduce.weights or {}:

@@ -21,7 +21,7 @@ OpenAttempts = dict[tuple[int, int], Row[Any]]
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """Wish to send one attempt of a call.
+    """Wish to send one attempt of a call now; a permit for it is at hand.
 
     Attributes:
         call: number of the call.
@@ -47,7 +47,7 @@ class Claim:
 
 @dataclass(frozen=True, slots=True)
 class Claimed:
-    """The attempt is reserved: it may be sent once it is marked as sent."""
+    """The attempt is reserved and noted as sent: it may leave, and from now on it may have been paid for."""
 
     fence: int
     number: int
@@ -76,14 +76,6 @@ ClaimAnswer = Claimed | NotMine | OverBudget
 
 
 @dataclass(frozen=True, slots=True)
-class MarkSent:
-    """Wish to send a reserved attempt now."""
-
-    call: int
-    number: int
-
-
-@dataclass(frozen=True, slots=True)
 class Settlement:
     """Outcome of one attempt, and what it means for its call."""
 
@@ -94,12 +86,12 @@ class Settlement:
     usage: ledger.Usage
     end: runs.CallEnd
     text: runs.CallText | None = None
-    cache: cache.CacheEntry | None = None
+    keep: cache.CacheEntry | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Closing:
-    """End of a pending call that needs no attempt: skipped, answered from the cache, or impossible to ask."""
+    """What becomes of a pending call without an attempt: skipped, answered from the cache, impossible, or put off."""
 
     call: int
     end: runs.CallEnd
@@ -132,7 +124,7 @@ def claim(connection: Connection, claims: Sequence[Claim]) -> list[ClaimAnswer]:
             answers.append(granted[-1][1])
     ledger.reserve(connection, taken)
     runs.claim_calls(connection, [(wish.call, grant.fence, wish.worker) for wish, grant in granted])
-    ledger.open_attempts(connection, [_attempt_row(wish, grant) for wish, grant in granted])
+    ledger.add_attempts(connection, [_attempt_row(wish, grant) for wish, grant in granted])
     return answers
 
 
@@ -202,7 +194,8 @@ def settle(connection: Connection, settlements: Sequence[Settlement]) -> list[bo
     answers: list[bool] = []
     for one in settlements:
         row, attempt = rows.get(one.call), attempts.get((one.call, one.number))
-        if row is None or attempt is None:
+        if row is None or attempt is None or attempt.status == one.usage.status:
+            # Already settled: this is the repetition of a commit whose outcome was not known.
             answers.append(row is not None)
             continue
         mine = row.status == "running" and row.fence == one.fence and row.worker_id == one.worker
@@ -215,7 +208,7 @@ def settle(connection: Connection, settlements: Sequence[Settlement]) -> list[bo
     ledger.settle(connection, booked)
     runs.end_calls(connection, ends)
     runs.note_progress(connection, (rows[end[0]].window_id for end in ends))
-    cache.store(connection, [one.cache for one, mine in zip(settlements, answers, strict=True) if mine and one.cache])
+    cache.store(connection, [one.keep for one, mine in zip(settlements, answers, strict=True) if mine and one.keep])
     return answers
 
 
@@ -238,7 +231,7 @@ def _as_stale(usage: ledger.Usage) -> ledger.Usage:
 
 
 def close(connection: Connection, closings: Sequence[Closing]) -> list[bool]:
-    """Ends pending calls without an attempt; False for those that were not pending any more."""
+    """Moves pending calls without an attempt; False for those that were not pending any more."""
     rows = runs.lock_calls(connection, (one.call for one in closings))
     answers = [one.call in rows and rows[one.call].status == "pending" for one in closings]
     ended = [one for one, mine in zip(closings, answers, strict=True) if mine]

@@ -112,25 +112,15 @@ def reserve(connection: Connection, taken_nusd: Mapping[int, int]) -> None:
     _apply(connection, {id_: (amount, 0, 0) for id_, amount in taken_nusd.items()})
 
 
-def open_attempts(connection: Connection, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Writes new attempts as `reserved`; each row holds every column that `llm_usage` demands but the times."""
+def add_attempts(connection: Connection, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Writes new attempts as `sent`: after the commit they may leave, so they may have been paid for.
+
+    Each row holds every column that `llm_usage` demands, but the times. There is no earlier state in the database: what is
+    reserved and not yet on its way lives for a few milliseconds inside this transaction only.
+    """
     if rows:
-        connection.execute(insert(llm_usage).values(status="reserved", reserved_at=now(connection)), rows)
-
-
-def mark_sent(connection: Connection, attempts: Sequence[tuple[int, int]]) -> None:
-    """Notes that attempts (call, number) are about to leave. After the commit they may have been paid for."""
-    statement = (
-        update(llm_usage)
-        .where(
-            llm_usage.c.prompt_execution_id == bindparam("call"),
-            llm_usage.c.number == bindparam("attempt"),
-            llm_usage.c.status == "reserved",
-        )
-        .values(status="sent", sent_at=now(connection))
-    )
-    if attempts:
-        connection.execute(statement, [{"call": call, "attempt": number} for call, number in attempts])
+        clock = now(connection)
+        connection.execute(insert(llm_usage).values(status="sent", reserved_at=clock, sent_at=clock), rows)
 
 
 def find_attempts(connection: Connection, calls: Iterable[int]) -> dict[tuple[int, int], Row[Any]]:
@@ -176,16 +166,19 @@ def settle(connection: Connection, settled: Sequence[tuple[Row[Any], Usage]]) ->
 
 
 def book_unknown(connection: Connection, rows: Sequence[Row[Any]]) -> int:
-    """Ends the open attempts of a dead worker: what was sent is `unknown` at its worst price, the rest is released.
+    """Ends the open attempts of a dead worker: nobody knows their outcome, so they are booked at their worst price.
 
     Returns:
-        How many attempts are now unknown.
+        How many there were.
     """
-    lost = [row for row in rows if row.status == "sent"]
-    settle(connection, [(row, Usage("unknown", cost_nusd=row.reserved_nusd, estimated=True)) for row in lost])
-    unsent = [row for row in rows if row.status == "reserved"]
-    settle(connection, [(row, Usage("stale", error_code="never_sent")) for row in unsent])
-    return len(lost)
+    settle(
+        connection,
+        [
+            (row, Usage("unknown", cost_nusd=row.reserved_nusd, estimated=True, error_code="worker_lost"))
+            for row in rows
+        ],
+    )
+    return len(rows)
 
 
 def split_ids(text: str) -> tuple[int, ...]:

@@ -70,7 +70,9 @@ def lock_run(connection: Connection, run: int) -> Row[Any]:
     return row
 
 
-def move_run(connection: Connection, run: int, to: RunStatus, reason: str | None, *, sources: Sequence[RunStatus]) -> bool:
+def move_run(
+    connection: Connection, run: int, to: RunStatus, reason: str | None, *, sources: Sequence[RunStatus]
+) -> bool:
     """Moves a run to another status; True if it was in one of the `sources`. An end sets the times."""
     values: dict[str, Any] = {"status": to, "reason": reason}
     if to in ("completed", "failed", "cancelled"):
@@ -106,12 +108,12 @@ def open_window(connection: Connection, window: int, calls: Sequence[dict[str, A
         connection.execute(insert(prompt_executions).values(status="pending", window_id=window), calls)
 
 
-def note_published(connection: Connection, window: int, open_calls: int) -> int:
+def note_published(connection: Connection, window: int) -> int:
     """Counts a round of an open window; returns its number, from 1."""
     statement = (
         update(windows)
         .where(windows.c.id == window)
-        .values(round=windows.c.round + 1, published_at=now(connection), wake_at=None, open_at_round=open_calls)
+        .values(round=windows.c.round + 1, published_at=now(connection), wake_at=None)
         .returning(windows.c.round)
     )
     return connection.execute(statement).scalar_one()
@@ -158,7 +160,9 @@ def _counts(window: int) -> dict[str, Any]:
 
 def reopen_window(connection: Connection, window: int) -> None:
     """Opens a closed window again, because calls in it are to be asked again."""
-    connection.execute(update(windows).where(windows.c.id == window, windows.c.status == "closed").values(status="open"))
+    connection.execute(
+        update(windows).where(windows.c.id == window, windows.c.status == "closed").values(status="open")
+    )
 
 
 def note_progress(connection: Connection, window_ids: Iterable[int]) -> None:
@@ -219,7 +223,9 @@ def end_calls(connection: Connection, ends: Sequence[tuple[int, CallEnd, CallTex
         connection.execute(statement, [_end_values(*end) for end in ends])
 
 
-def _end_values(call: int, end: CallEnd, text: CallText | None, tokens_in: int, tokens_out: int, cost: int) -> dict[str, Any]:
+def _end_values(
+    call: int, end: CallEnd, text: CallText | None, tokens_in: int, tokens_out: int, cost: int
+) -> dict[str, Any]:
     route_index, provider, model = end.route or (None, None, None)
     return {
         "call": call,
@@ -267,7 +273,9 @@ _END = (
         error_message=bindparam("to_message"),
         quality_score=bindparam("to_quality"),
         cached=bindparam("to_cached"),
-        rendered_prompt=func.coalesce(bindparam("to_prompt", type_=_calls.rendered_prompt.type), _calls.rendered_prompt),
+        rendered_prompt=func.coalesce(
+            bindparam("to_prompt", type_=_calls.rendered_prompt.type), _calls.rendered_prompt
+        ),
         prompt_hash=func.coalesce(bindparam("to_hash", type_=_calls.prompt_hash.type), _calls.prompt_hash),
         route_index=func.coalesce(_new_route, _calls.route_index),
         route_attempts=case((_new_route.is_(None), _calls.route_attempts), else_=0),

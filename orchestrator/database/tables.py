@@ -107,7 +107,6 @@ windows = Table(
     Column("last_ordinal", Integer, nullable=False, comment="inclusive"),
     Column("status", String(16), nullable=False),
     Column("round", Integer, nullable=False, server_default="0", comment="how often its calls were published"),
-    Column("open_at_round", Integer, nullable=False, server_default="0", comment="calls open when it was published"),
     Column("published_at", Double, comment="s since epoch; NULL if never published"),
     Column("progress_at", Double, comment="s since epoch of the last settled call"),
     Column("wake_at", Double, comment="s since epoch: publish another round then; NULL if nothing is waited for"),

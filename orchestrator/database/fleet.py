@@ -1,0 +1,96 @@
+"""The workers that are alive, and the locks that only one of them may hold at a time.
+
+A worker beats its heart by updating its row; one whose last beat is older than its own lease counts as dead, by the
+database's clock and nobody else's. Freeing what dead workers held is one transaction: calls go back, attempts that were sent
+are booked as unknown at their worst price, and the worker's row goes away, so nobody frees twice.
+
+All functions work inside the caller's transaction.
+"""
+
+from dataclasses import dataclass
+
+from sqlalchemy import Connection, delete, insert, or_, select, update
+from sqlalchemy.dialects import postgresql, sqlite
+
+from orchestrator.database import ledger, runs
+from orchestrator.database.engine import now
+from orchestrator.database.tables import llm_usage, locks, prompt_executions, workers
+
+
+@dataclass(frozen=True, slots=True)
+class Freed:
+    """What dead workers left: how many workers, calls put back, and attempts of unknown outcome."""
+
+    workers: int
+    calls: int
+    unknown: int
+
+
+def register(connection: Connection, worker: str, queues: str, version: str, lease_s: float) -> None:
+    """Enters a worker; its first heartbeat is now."""
+    connection.execute(
+        insert(workers).values(
+            id=worker,
+            queues=queues,
+            version=version,
+            lease_seconds=lease_s,
+            started_at=now(connection),
+            heartbeat_at=now(connection),
+        )
+    )
+
+
+def beat(connection: Connection, worker: str, in_flight: int, bound_by: str | None) -> bool:
+    """Renews a worker's lease; False when it was taken for dead meanwhile and must register anew."""
+    statement = (
+        update(workers)
+        .where(workers.c.id == worker)
+        .values(heartbeat_at=now(connection), in_flight=in_flight, bound_by=bound_by)
+    )
+    return connection.execute(statement).rowcount == 1
+
+
+def sign_off(connection: Connection, worker: str) -> Freed:
+    """Removes a worker that stops in good order and puts back what it still held."""
+    return _free(connection, [worker], lost=False)
+
+
+def free_dead(connection: Connection) -> Freed:
+    """Frees what dead workers held, and calls whose worker is not known at all."""
+    dead = select(workers.c.id).where(workers.c.heartbeat_at < now(connection) - workers.c.lease_seconds)
+    gone = list(connection.execute(dead.with_for_update(skip_locked=True)).scalars())
+    known = select(workers.c.id)
+    orphaned = select(prompt_executions.c.worker_id).where(
+        prompt_executions.c.status == "running", prompt_executions.c.worker_id.not_in(known)
+    )
+    stray = select(llm_usage.c.worker_id).where(
+        llm_usage.c.status.in_(ledger.OPEN_ATTEMPT), llm_usage.c.worker_id.not_in(known)
+    )
+    gone += [name for name in connection.execute(orphaned.union(stray)).scalars() if name is not None]
+    return _free(connection, gone, lost=True) if gone else Freed(0, 0, 0)
+
+
+def _free(connection: Connection, gone: list[str], *, lost: bool) -> Freed:
+    calls = runs.hold_calls_of(connection, gone)
+    held = select(llm_usage.c.prompt_execution_id).where(
+        llm_usage.c.worker_id.in_(gone), llm_usage.c.status.in_(ledger.OPEN_ATTEMPT)
+    )
+    with_attempts = set(connection.execute(held).scalars())
+    attempts = ledger.find_attempts(connection, sorted(with_attempts)) if with_attempts else {}
+    unknown = ledger.book_unknown(connection, [row for row in attempts.values() if row.status in ledger.OPEN_ATTEMPT])
+    runs.free_calls(connection, calls, lost=lost)
+    connection.execute(delete(workers).where(workers.c.id.in_(gone)))
+    return Freed(len(set(gone)), len(calls), unknown)
+
+
+def take_lock(connection: Connection, name: str, owner: str, seconds: float) -> bool:
+    """Takes or renews a named lock for some seconds; False while somebody else holds it."""
+    dialect = sqlite if connection.dialect.name == "sqlite" else postgresql
+    clock = now(connection)
+    statement = dialect.insert(locks).values(name=name, owner=owner, until_at=clock + seconds)
+    statement = statement.on_conflict_do_update(
+        index_elements=["name"],
+        set_={"owner": statement.excluded.owner, "until_at": statement.excluded.until_at},
+        where=or_(locks.c.owner == owner, locks.c.until_at < clock),
+    )
+    return connection.execute(statement.returning(locks.c.owner)).scalar_one_or_none() == owner

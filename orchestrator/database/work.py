@@ -1,0 +1,201 @@
+"""What a shard needs before it can ask: its calls, their items, and the earlier answers. Read only.
+
+Every function reads one range of ordinals of one run with a query that follows an index, so its cost depends on the size of the
+shard and not on the size of the run.
+"""
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sqlalchemy import Connection, Row, func, or_, select
+
+from orchestrator.database.engine import now
+from orchestrator.database.tables import items, prompt_executions, verdicts, workflow_executions
+
+_calls = prompt_executions.c
+ENDED = ("completed", "failed", "skipped", "cancelled")
+
+
+@dataclass(frozen=True, slots=True)
+class PendingCall:
+    """A call that may be claimed now. `ordinal` is -1 for a reduce step."""
+
+    id: int
+    ordinal: int
+    repeat: int
+    route_index: int
+    route_attempts: int
+    attempts: int
+    reasks: int
+    window_id: int
+    error_message: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """A stored item: its key and its fields."""
+
+    key: str
+    content: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class StepAnswers:
+    """What the calls of one step about one item have come to.
+
+    Attributes:
+        open: calls that are not ended.
+        values: answers of completed calls, by repeat.
+        ended: statuses of ended calls.
+    """
+
+    open: int
+    values: tuple[Any, ...]
+    ended: tuple[str, ...]
+
+
+def pending_calls(
+    connection: Connection, window: int, step: str, provider: str, first: int, last: int
+) -> list[PendingCall]:
+    """The claimable calls of a shard: pending, due, and on this provider's route, in the order of their items."""
+    query = (
+        select(
+            _calls.id,
+            _calls.item_ordinal.label("ordinal"),
+            _calls.repeat,
+            _calls.route_index,
+            _calls.route_attempts,
+            _calls.attempts,
+            _calls.reasks,
+            _calls.window_id,
+            _calls.error_message,
+        )
+        .where(
+            _calls.window_id == window,
+            _calls.status == "pending",
+            _calls.prompt_name == step,
+            _calls.llm_provider == provider,
+            _calls.item_ordinal.between(first, last),
+            or_(_calls.next_at.is_(None), _calls.next_at <= now(connection)),
+        )
+        .order_by(_calls.item_ordinal, _calls.judge, _calls.repeat)
+    )
+    return [PendingCall(**row._mapping) for row in connection.execute(query)]
+
+
+def load_items(connection: Connection, run: int, first: int, last: int) -> dict[int, Item]:
+    """The items of a range, by ordinal."""
+    query = select(items.c.ordinal, items.c.item_key, items.c.content).where(
+        items.c.workflow_execution_id == run, items.c.ordinal.between(first, last)
+    )
+    return {row.ordinal: Item(row.item_key, json.loads(row.content)) for row in connection.execute(query)}
+
+
+def load_answers(
+    connection: Connection, run: int, steps: Sequence[str], first: int, last: int
+) -> dict[int, dict[str, StepAnswers]]:
+    """What earlier steps said about the items of a range, by ordinal and step. For reduce steps the range is -1 to -1."""
+    if not steps:
+        return {}
+    query = (
+        select(_calls.item_ordinal, _calls.prompt_name, _calls.status, _calls.result)
+        .where(
+            _calls.workflow_execution_id == run,
+            _calls.prompt_name.in_(steps),
+            _calls.item_ordinal.between(first, last),
+        )
+        .order_by(_calls.item_ordinal, _calls.prompt_name, _calls.judge, _calls.repeat)
+    )
+    grouped: dict[int, dict[str, list[Row[Any]]]] = {}
+    for row in connection.execute(query):
+        grouped.setdefault(row.item_ordinal, {}).setdefault(row.prompt_name, []).append(row)
+    return {
+        ordinal: {step: _step_answers(rows) for step, rows in by_step.items()} for ordinal, by_step in grouped.items()
+    }
+
+
+def _step_answers(rows: Sequence[Row[Any]]) -> StepAnswers:
+    ended = tuple(row.status for row in rows if row.status in ENDED)
+    values = tuple(json.loads(row.result) for row in rows if row.status == "completed")
+    return StepAnswers(len(rows) - len(ended), values, ended)
+
+
+def load_verdicts(
+    connection: Connection, run: int, steps: Sequence[str], first: int, last: int
+) -> dict[int, dict[str, Any]]:
+    """Places of the items of a range in rankings: `{"rank", "score"}` by ordinal and step."""
+    if not steps:
+        return {}
+    query = select(verdicts).where(
+        verdicts.c.workflow_execution_id == run,
+        verdicts.c.step.in_(steps),
+        verdicts.c.item_ordinal.between(first, last),
+    )
+    found: dict[int, dict[str, Any]] = {}
+    for row in connection.execute(query):
+        found.setdefault(row.item_ordinal, {})[row.step] = {"rank": row.rank, "score": row.score}
+    return found
+
+
+def best(connection: Connection, run: int, ranking: str, top: int) -> list[tuple[int, int, float]]:
+    """The best places of a ranking as (ordinal, rank, score), best first."""
+    query = (
+        select(verdicts.c.item_ordinal, verdicts.c.rank, verdicts.c.score)
+        .where(verdicts.c.workflow_execution_id == run, verdicts.c.step == ranking)
+        .order_by(verdicts.c.position)
+        .limit(top)
+    )
+    return [(row.item_ordinal, row.rank, row.score) for row in connection.execute(query)]
+
+
+def count_ranked(connection: Connection, run: int, ranking: str) -> int:
+    """How many items a ranking holds."""
+    query = select(func.count()).where(verdicts.c.workflow_execution_id == run, verdicts.c.step == ranking)
+    return connection.execute(query).scalar_one()
+
+
+def completed_answers(connection: Connection, run: int, step: str) -> Iterator[tuple[int, str, list[Any]]]:
+    """All completed answers of an item step as (ordinal, item key, answers by repeat), streamed in the order of items."""
+    query = (
+        select(_calls.item_ordinal, items.c.item_key, _calls.result)
+        .join(
+            items,
+            (items.c.workflow_execution_id == _calls.workflow_execution_id) & (items.c.ordinal == _calls.item_ordinal),
+        )
+        .where(_calls.workflow_execution_id == run, _calls.prompt_name == step, _calls.status == "completed")
+        .order_by(_calls.item_ordinal, _calls.judge, _calls.repeat)
+        .execution_options(yield_per=1000)
+    )
+    last: tuple[int, str, list[Any]] | None = None
+    for row in connection.execute(query):
+        if last is not None and last[0] == row.item_ordinal:
+            last[2].append(json.loads(row.result))
+            continue
+        if last is not None:
+            yield last
+        last = (row.item_ordinal, row.item_key, [json.loads(row.result)])
+    if last is not None:
+        yield last
+
+
+def run_row(connection: Connection, run: int) -> Row[Any]:
+    """A run's row without locking it.
+
+    Raises:
+        LookupError: the run was deleted.
+    """
+    row = connection.execute(select(workflow_executions).where(workflow_executions.c.id == run)).one_or_none()
+    if row is None:
+        raise LookupError(f"run {run} does not exist")
+    return row
+
+
+def runs_not_running(connection: Connection, runs: Iterable[int]) -> set[int]:
+    """Those of some runs that were paused, cancelled, ended or deleted: their calls must not be sent any more."""
+    wanted = set(runs)
+    query = select(workflow_executions.c.id).where(
+        workflow_executions.c.id.in_(wanted), workflow_executions.c.status == "running"
+    )
+    return wanted - set(connection.execute(query).scalars())
