@@ -108,7 +108,7 @@ class Endpoint:
         self._url = url
         # Compression is declined: replies are small, and inflating them costs more than it saves.
         standing = {"host": url.netloc.decode("ascii"), "accept-encoding": "identity", "user-agent": "llm-orchestrator"}
-        self._headers = [(k.encode("ascii"), v.encode("utf-8")) for k, v in (standing | dict(headers)).items()]
+        self._headers = httpx.Headers(standing | dict(headers), encoding="utf-8")
 
     async def post(self, body: bytes, timeout_s: float, attempt_id: str = "") -> HttpReply:
         """Send the body once and read the whole reply, whatever its status.
@@ -137,13 +137,14 @@ class Endpoint:
         raise failure
 
     async def _exchange(self, body: bytes, timeout_s: float, attempt_id: str) -> HttpReply:
-        headers = self._headers
-        if attempt_id:
-            headers = [*headers, (b"x-attempt-id", attempt_id.encode("utf-8"))]
         # Slightly below the deadline: "could not connect" is worth more to the ledger than "timed out".
         connect_s = min(CONNECT_TIMEOUT_S, timeout_s * 0.9)
         extensions = {"timeout": {"connect": connect_s, "pool": connect_s, "read": None}}
-        request = httpx.Request("POST", self._url, headers=headers, content=body, extensions=extensions)
+        request = httpx.Request("POST", self._url, headers=self._headers, content=body, extensions=extensions)
+        # Spares httpx guessing the encoding once per header and request.
+        request.headers.encoding = "utf-8"
+        if attempt_id:
+            request.headers["x-attempt-id"] = attempt_id
         response = await self._transport.handle_async_request(request)
         try:
             answered = {k.decode("ascii", "replace").lower(): v.decode("latin-1") for k, v in response.headers.raw}

@@ -37,11 +37,10 @@ _FINISH_REASONS: Mapping[str, FinishReason] = {
 }
 _SCHEMA_PROMPT = "\n\nAnswer only with JSON that satisfies this JSON Schema:\n"
 # Keywords that make OpenAI's strict mode refuse a schema; it is then sent as a hint and checked by us alone.
-_NOT_STRICT = {
-    "allOf", "contains", "dependentRequired", "else", "if", "maxContains", "maxProperties", "minContains",
-    "minProperties", "not", "oneOf", "patternProperties", "propertyNames", "then", "unevaluatedItems",
-    "unevaluatedProperties", "uniqueItems",
-}  # fmt: skip
+_NOT_STRICT = frozenset(
+    "allOf contains dependentRequired else if maxContains maxLength maxProperties minContains minLength minProperties "
+    "not oneOf patternProperties propertyNames then unevaluatedItems unevaluatedProperties uniqueItems".split()
+)
 _MAX_REMEMBERED_SCHEMAS = 64
 _MAX_COUNT = 10**12
 
@@ -230,14 +229,12 @@ def is_strict(schema: object) -> bool:
     node = cast("Mapping[str, Any]", schema)
     if not _NOT_STRICT.isdisjoint(node):
         return False
-    properties = node.get("properties")
-    if node.get("type") == "object" or isinstance(properties, Mapping):
-        names = set(cast("Mapping[str, object]", properties or {}))
-        if node.get("additionalProperties") is not False or set(node.get("required", ())) != names:
-            return False
-        return all(is_strict(part) for part in cast("Mapping[str, object]", properties or {}).values())
+    properties: Mapping[str, object] = node.get("properties") or {}
+    is_closed = node.get("additionalProperties") is False and set(node.get("required", ())) == set(properties)
+    if (node.get("type") == "object" or properties) and not is_closed:
+        return False
     nested = [node[word] for word in ("items", "anyOf") if word in node]
-    return all(is_strict(part) for part in [*nested, *node.get("$defs", {}).values()])
+    return all(is_strict(part) for part in [*nested, *properties.values(), *node.get("$defs", {}).values()])
 
 
 def _options_of(settings: ProviderSettings) -> OpenAIOptions:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from decimal import Decimal
+from decimal import ROUND_CEILING, Decimal
 from typing import Any
 
 from providers.messages import Usage
@@ -89,7 +89,7 @@ FREE = Price(0, 0, 0, "local")
 
 def npm_of_usd(usd_per_million: Decimal) -> int:
     """Convert USD per million tokens to nano-USD per million tokens, rounded up so that we never price too low."""
-    return -int(-usd_per_million * NUSD_PER_USD // 1)
+    return int((usd_per_million * NUSD_PER_USD).to_integral_value(ROUND_CEILING))
 
 
 def usd_of_nusd(nusd: int) -> Decimal:

@@ -1,0 +1,1 @@
+"""Every implementation of a role passes the same tests."""

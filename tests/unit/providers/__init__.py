@@ -1,0 +1,1 @@
+"""The providers, piece by piece and without sockets."""

@@ -1,0 +1,1 @@
+"""Behaviour without sockets and servers."""
