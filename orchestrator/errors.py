@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from enum import IntEnum
 from typing import ClassVar
 
+from orchestrator.money import usd
+
 MAX_PROBLEMS = 50
 """Collectors stop listing here: the first findings explain the rest, and a million bad rows must fit in memory."""
 
@@ -157,7 +159,7 @@ class BudgetExceeded(OrchestratorError):
         super().__init__(scope, limit_nusd, needed_nusd)
 
     def __str__(self) -> str:
-        limit, needed = _usd(self.limit_nusd), _usd(self.needed_nusd)
+        limit, needed = usd(self.limit_nusd), usd(self.needed_nusd)
         return f"budget of {self.scope} is {limit} USD, and {needed} USD would be needed"
 
 
@@ -192,9 +194,3 @@ def did_you_mean(word: str, choices: Iterable[str]) -> str:
     known = sorted(choices)
     meant = suggest(word, known)
     return f"did you mean {meant!r}?" if meant else f"known: {', '.join(known)}"
-
-
-def _usd(nusd: int) -> str:
-    """Nano-USD as a decimal string with at least two decimals and nothing rounded."""
-    sign, whole, rest = "-" if nusd < 0 else "", abs(nusd) // 10**9, abs(nusd) % 10**9
-    return f"{sign}{whole}.{f'{rest:09d}'.rstrip('0').ljust(2, '0')}"

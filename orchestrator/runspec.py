@@ -1,7 +1,7 @@
 """What is pinned when a run begins, so that every worker asks the same questions until it ends.
 
-A `RunSpec` holds the pack's files, the variables, the routes with their prices, and the sizes of the pieces. It travels in
-the run's row and nowhere else: a worker on another machine needs no copy of the pack, and a pack that is edited
+A `RunSpec` holds the pack's files, the variables, the routes with their prices, and the sizes of the pieces. It travels
+in the run's row and nowhere else: a worker on another machine needs no copy of the pack, and a pack that is edited
 during a run changes nothing.
 """
 
@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from hashlib import sha256
 from typing import Any
 
+from orchestrator import planning
 from orchestrator.workflow import WORKFLOW_FILE, Workflow, read_workflow
 from providers.pricing import Price
 
@@ -56,10 +57,18 @@ class RunSpec:
     cache_ttl_s: int
 
     def to_json(self) -> str:
-        """JSON text that `from_json` reads back."""
+        """JSON text that `from_json` reads back.
+
+        `steps` repeats, in the order of work, what reports want to know without reading the pack.
+        """
         return json.dumps(
             {
                 "spec_version": SPEC_VERSION,
+                "steps": [
+                    _step_to_json(self.workflow, segment, name)
+                    for segment in planning.segments(self.workflow)
+                    for name in (*segment.item_steps(), *segment.reduces)
+                ],
                 "pack_files": dict(self.pack_files),
                 "variables": dict(self.variables),
                 "routes": {step: [_route_to_json(route) for route in routes] for step, routes in self.routes.items()},
@@ -100,10 +109,22 @@ class RunSpec:
         return f"{file}@{sha256(self.pack_files[file].encode()).hexdigest()[:12]}"
 
 
+def _step_to_json(workflow: Workflow, segment: planning.Segment, name: str) -> dict[str, Any]:
+    step = workflow.step(name)
+    return {
+        "name": name,
+        "kind": step.kind,
+        "segment": segment.number,
+        "calls": step.repeats if step.asks() else 0,
+        "top": step.reduce.top if step.reduce else None,
+    }
+
+
 def _route_to_json(route: Route) -> dict[str, Any]:
     return asdict(route) | {"price": None if route.price is None else route.price.to_json()}
 
 
 def _route_from_json(data: dict[str, Any]) -> Route:
     price = data["price"]
-    return Route(**(data | {"price": None if price is None else Price.from_json(price)}))
+    values: dict[str, Any] = {**data, "price": None if price is None else Price.from_json(price)}
+    return Route(**values)

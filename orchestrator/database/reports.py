@@ -1,0 +1,435 @@
+"""What people ask about runs: how far they are, how they ended, which there are, what they cost. Read only.
+
+The status of a run is asked once a second by whoever watches it, so it never counts all calls: closed windows carry
+their counters, and only the few windows that are open are counted live. What single answers look like is in `records`.
+"""
+
+import json
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any, Literal
+
+from sqlalchemy import ColumnElement, Connection, Label, Row, RowMapping, Select, func, literal, or_, select
+
+from orchestrator.database import ledger
+from orchestrator.database.engine import now
+from orchestrator.database.runs import OPEN_RUN, RunStatus
+from orchestrator.database.tables import (
+    ATTEMPT_STATES,
+    CALL_STATES,
+    budgets,
+    llm_usage,
+    prompt_executions,
+    windows,
+    workers,
+    workflow_executions,
+)
+from orchestrator.errors import RunNotFound
+from orchestrator.money import usd, usd_or_none
+
+RATE_WINDOW_S = 30.0
+"""The speed of a run is measured over this many seconds, so that a pause or a slow start is soon forgotten."""
+LATEST = "latest"
+_MAX_CANDIDATES = 10
+
+Grouping = Literal["run", "provider", "model", "step", "day"]
+
+_runs = workflow_executions.c
+_windows = windows.c
+_calls = prompt_executions.c
+_usage = llm_usage.c
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a run whose steps are all done ends as; `reason` is None when nothing went wrong."""
+
+    status: RunStatus
+    reason: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Items:
+    total: int
+    completed: int
+    failed: int
+    skipped: int
+
+
+def status(connection: Connection, run: int) -> dict[str, Any]:
+    """The status object of a run.
+
+    Calls that will be asked and are not written yet count as pending. While a run goes on, an item counts as completed
+    once its last step is over; of a run that has ended, the items add up to the total, and those that a cancelled run
+    did not get to count as skipped.
+
+    Returns:
+        JSON data: money as decimal strings of US dollars, times as ISO 8601 in UTC. `eta_seconds` is None when nothing
+        moves or the run has ended, `bound_by` when nothing in particular limits the speed.
+
+    Raises:
+        LookupError: the run does not exist.
+    """
+    row = _run_row(connection, run)
+    attempts, tokens, spent = _attempts(connection, run)
+    budget = _budget(connection, run)
+    calls = _calls_by_status(connection, row)
+    items = _items(connection, row)
+    return {
+        "run_id": row.run_id,
+        "workflow": row.workflow_id,
+        "status": row.status,
+        "reason": row.reason,
+        "items": {
+            "total": items.total,
+            "completed": items.completed,
+            "failed": items.failed,
+            "skipped": items.skipped,
+        },
+        "calls": calls,
+        "attempts": attempts,
+        "tokens": tokens,
+        "cost_usd": usd(spent["all"]),
+        "unconfirmed_usd": usd(spent["unknown"]),
+        "reserved_usd": usd(budget.reserved_nusd if budget else 0),
+        "budget_usd": usd_or_none(budget.limit_nusd if budget else None),
+        "started_at": iso(row.started_at),
+        "completed_at": iso(row.completed_at),
+        "duration_seconds": _duration(connection, row),
+        "eta_seconds": _eta(connection, row, calls),
+        "bound_by": _bound_by(connection, row),
+    }
+
+
+def outcome(connection: Connection, run: int) -> Outcome:
+    """What a run ends as, now that its steps are all done."""
+    row = _run_row(connection, run)
+    lost_reduce = select(func.count()).where(
+        _windows.workflow_execution_id == run, _windows.step.is_not(None), _windows.failed > 0
+    )
+    if connection.execute(lost_reduce).scalar_one():
+        return Outcome("failed", "reduce_failed")
+    failed = _failed_items(connection, run)
+    if failed and failed == row.items_total:
+        return Outcome("failed", "all_items_failed")
+    return Outcome("completed", "with_failures" if failed else None)
+
+
+def find_runs(connection: Connection, name: str) -> list[tuple[int, str]]:
+    """The runs that a name can mean, newest first: `latest`, a whole id, its beginning, or the words at its end.
+
+    Returns:
+        (number, run id); one of them when the name is clear, at most ten when it is not.
+    """
+    query = select(_runs.id, _runs.run_id).order_by(_runs.id.desc()).limit(_MAX_CANDIDATES)
+    if name == LATEST:
+        return [(row.id, row.run_id) for row in connection.execute(query.limit(1))]
+    exact = [(row.id, row.run_id) for row in connection.execute(query.where(_runs.run_id == name))]
+    if exact or not name:
+        return exact
+    like = or_(_runs.run_id.startswith(name, autoescape=True), _runs.run_id.endswith(f"-{name}", autoescape=True))
+    return [(row.id, row.run_id) for row in connection.execute(query.where(like))]
+
+
+def find_run(connection: Connection, name: str) -> tuple[int, str]:
+    """The one run of that name, as number and run id.
+
+    Raises:
+        RunNotFound: it fits none, or several.
+    """
+    found = find_runs(connection, name)
+    if len(found) != 1:
+        raise RunNotFound(name, [run_id for _, run_id in found])
+    return found[0]
+
+
+def list_runs(connection: Connection, limit: int = 20, status_is: RunStatus | None = None) -> list[dict[str, Any]]:
+    """Runs, newest first: `run_id`, `workflow`, `project`, `status`, `reason`, `items`, `cost_usd` and times."""
+    cost = select(budgets.c.spent_nusd + budgets.c.excess_nusd).where(
+        budgets.c.scope == literal("run:") + _runs.id.cast(budgets.c.scope.type)
+    )
+    query = (
+        select(workflow_executions, cost.scalar_subquery().label("cost_nusd")).order_by(_runs.id.desc()).limit(limit)
+    )
+    if status_is is not None:
+        query = query.where(_runs.status == status_is)
+    return [
+        {
+            "run_id": row.run_id,
+            "workflow": row.workflow_id,
+            "project": row.project_name,
+            "status": row.status,
+            "reason": row.reason,
+            "items": row.items_total,
+            "cost_usd": usd(row.cost_nusd or 0),
+            "started_at": iso(row.started_at),
+            "completed_at": iso(row.completed_at),
+            "duration_seconds": row.duration_seconds,
+        }
+        for row in connection.execute(query)
+    ]
+
+
+def costs(
+    connection: Connection, run: int | None = None, by: Grouping = "run", since: datetime | None = None
+) -> list[dict[str, Any]]:
+    """What attempts cost, in groups whose sum is the ledger's to the last nano-dollar.
+
+    Args:
+        connection: the caller's transaction.
+        run: one run only; None for all.
+        by: what to group by. A call that moved to another provider counts in both groups.
+        since: attempts from then on only.
+
+    Returns:
+        One object per group: its name under the key `by` (`model` comes with its `provider`, `step` with its
+        `workflow`, `run` is called `run_id`), then `calls`, `attempts`, `input_tokens`, `output_tokens`,
+        `cached_tokens`, `cost_usd`, `unconfirmed_usd`.
+    """
+    keys = _cost_keys(connection, by)
+    query: Select[Any] = (
+        select(
+            *keys,
+            func.count(func.distinct(_usage.prompt_execution_id)).label("calls"),
+            func.count().label("attempts"),
+            *(func.sum(column).label(column.name) for column in _TOKENS),
+            func.sum(_usage.cost_nusd).label("cost_nusd"),
+            _unknown_cost().label("unknown_nusd"),
+        )
+        .join(workflow_executions, _runs.id == _usage.workflow_execution_id)
+        .group_by(*(key.element for key in keys))
+        .order_by(*(key.element for key in keys))
+    )
+    if run is not None:
+        query = query.where(_usage.workflow_execution_id == run)
+    if since is not None:
+        query = query.where(_usage.reserved_at >= since.timestamp())
+    return [_cost_group(row, keys) for row in connection.execute(query).mappings()]
+
+
+def iso(moment: datetime | None) -> str | None:
+    """A timestamp of the database as ISO 8601 in UTC; SQLite returns it without a zone, and it is UTC there too."""
+    if moment is None:
+        return None
+    aware = moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment.astimezone(UTC)
+    return aware.isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+def iso_epoch(seconds: float | None) -> str | None:
+    """Seconds since the epoch as ISO 8601 in UTC."""
+    return None if seconds is None else iso(datetime.fromtimestamp(seconds, UTC))
+
+
+_TOKENS = (_usage.input_tokens, _usage.output_tokens, _usage.cached_tokens)
+
+
+def _unknown_cost() -> ColumnElement[int]:
+    return func.coalesce(func.sum(_usage.cost_nusd).filter(_usage.status == "unknown"), 0)
+
+
+def _cost_keys(connection: Connection, by: Grouping) -> tuple[Label[Any], ...]:
+    match by:
+        case "run":
+            return (_runs.run_id.label("run_id"),)
+        case "provider":
+            return (_usage.provider.label("provider"),)
+        case "model":
+            return _usage.provider.label("provider"), _usage.model.label("model")
+        case "step":
+            return _runs.workflow_id.label("workflow"), _usage.step.label("step")
+        case "day":
+            utc = _usage.execution_date
+            if connection.dialect.name == "sqlite":
+                return (func.date(utc).label("day"),)
+            return (func.to_char(func.timezone("UTC", utc), "YYYY-MM-DD").label("day"),)
+
+
+def _cost_group(row: RowMapping, keys: tuple[Label[Any], ...]) -> dict[str, Any]:
+    return {key.name: row[key.name] for key in keys} | {
+        "calls": row["calls"],
+        "attempts": row["attempts"],
+        **{column.name: int(row[column.name]) for column in _TOKENS},
+        "cost_usd": usd(int(row["cost_nusd"])),
+        "unconfirmed_usd": usd(int(row["unknown_nusd"])),
+    }
+
+
+def _run_row(connection: Connection, run: int) -> Row[Any]:
+    row = connection.execute(select(workflow_executions).where(_runs.id == run)).one_or_none()
+    if row is None:
+        raise LookupError(f"run {run} does not exist")
+    return row
+
+
+def _budget(connection: Connection, run: int) -> ledger.Budget | None:
+    try:
+        return ledger.find_budget(connection, ledger.run_scope(run))
+    except LookupError:
+        return None
+
+
+def _attempts(connection: Connection, run: int) -> tuple[dict[str, int], dict[str, int], dict[str, int]]:
+    """Attempts by status, tokens by kind, and nano-USD: all of it and that of unknown outcome."""
+    query = (
+        select(
+            _usage.status,
+            func.count().label("attempts"),
+            *(func.sum(column).label(column.name) for column in _TOKENS),
+            func.sum(_usage.cost_nusd).label("cost_nusd"),
+        )
+        .where(_usage.workflow_execution_id == run)
+        .group_by(_usage.status)
+    )
+    rows = connection.execute(query).all()
+    counts: dict[str, int] = dict.fromkeys(ATTEMPT_STATES, 0)
+    counts.update({row.status: row.attempts for row in rows})
+    tokens = {
+        "input": sum(int(row.input_tokens) for row in rows),
+        "output": sum(int(row.output_tokens) for row in rows),
+        "cached": sum(int(row.cached_tokens) for row in rows),
+    }
+    unknown = sum(int(row.cost_nusd) for row in rows if row.status == "unknown")
+    return counts, tokens, {"all": sum(int(row.cost_nusd) for row in rows), "unknown": unknown}
+
+
+def _calls_by_status(connection: Connection, row: Row[Any]) -> dict[str, int]:
+    ended = ("completed", "failed", "skipped", "cancelled")
+    closed = connection.execute(
+        select(*(func.coalesce(func.sum(_windows[name]), 0).label(name) for name in ended)).where(
+            _windows.workflow_execution_id == row.id, _windows.status == "closed"
+        )
+    ).one()
+    counts: dict[str, int] = dict.fromkeys(CALL_STATES, 0)
+    counts.update({name: int(value) for name, value in zip(ended, closed, strict=True)})
+    live = (
+        select(_calls.status, func.count().label("calls"))
+        .join(windows, _windows.id == _calls.window_id)
+        .where(_windows.workflow_execution_id == row.id, _windows.status == "open")
+        .group_by(_calls.status)
+    )
+    for found in connection.execute(live):
+        counts[found.status] += found.calls
+    unwritten = _expected_calls(row) - sum(counts.values())
+    if unwritten > 0:
+        counts["cancelled" if row.status == "cancelled" else "pending"] += unwritten
+    return counts
+
+
+def _expected_calls(row: Row[Any]) -> int:
+    """How many calls the run has when all are written; 0 when the run's spec does not tell."""
+    steps = json.loads(row.spec).get("steps", [])
+    per_item = sum(step["calls"] for step in steps if step["kind"] == "item")
+    return row.items_total * per_item + sum(step["calls"] for step in steps if step["kind"] == "reduce")
+
+
+def _items(connection: Connection, row: Row[Any]) -> _Items:
+    failed, skipped = _failed_items(connection, row.id), _skipped_items(connection, row.id)
+    if row.phase == "finish":
+        return _Items(row.items_total, row.items_total - failed - skipped, failed, skipped)
+    completed = max(0, _items_done(connection, row) - failed - skipped)
+    if row.status in OPEN_RUN:
+        return _Items(row.items_total, completed, failed, skipped)
+    return _Items(row.items_total, completed, failed, row.items_total - completed - failed)
+
+
+def _items_done(connection: Connection, row: Row[Any]) -> int:
+    """Items that are through the last segment that asks about items."""
+    steps = json.loads(row.spec).get("steps", [])
+    last = max((step["segment"] for step in steps if step["kind"] == "item"), default=0)
+    query = select(func.coalesce(func.sum(_windows.last_ordinal - _windows.first_ordinal + 1), 0)).where(
+        _windows.workflow_execution_id == row.id,
+        _windows.segment == last,
+        _windows.step.is_(None),
+        _windows.status == "closed",
+    )
+    return int(connection.execute(query).scalar_one())
+
+
+def _closed_items(run: int) -> Any:
+    return (_windows.workflow_execution_id == run) & (_windows.status == "closed") & _windows.step.is_(None)
+
+
+def _failed_items(connection: Connection, run: int) -> int:
+    """Items with a failed call. Only when several segments have some must they be counted one by one."""
+    query = (
+        select(func.sum(_windows.items_failed))
+        .where(_closed_items(run), _windows.items_failed > 0)
+        .group_by(_windows.segment)
+    )
+    by_segment = list(connection.execute(query).scalars())
+    if len(by_segment) < 2:
+        return int(sum(by_segment))
+    distinct = (
+        select(func.count(func.distinct(_calls.item_ordinal)))
+        .join(windows, _windows.id == _calls.window_id)
+        .where(_closed_items(run), _windows.items_failed > 0, _calls.status == "failed")
+    )
+    return connection.execute(distinct).scalar_one()
+
+
+def _skipped_items(connection: Connection, run: int) -> int:
+    """Items that were skipped in every segment: usually none, because some segment skipped none at all."""
+    query = select(func.sum(_windows.items_skipped)).where(_closed_items(run)).group_by(_windows.segment)
+    by_segment = [int(skipped) for skipped in connection.execute(query).scalars()]
+    if len(by_segment) < 2 or not all(by_segment):
+        return min(by_segment, default=0)
+    statuses = (
+        select(_calls.item_ordinal)
+        .join(windows, _windows.id == _calls.window_id)
+        .where(_closed_items(run))
+        .group_by(_calls.item_ordinal)
+        .having(func.min(_calls.status) == "skipped", func.max(_calls.status) == "skipped")
+    )
+    return connection.execute(select(func.count()).select_from(statuses.subquery())).scalar_one()
+
+
+def _clock(connection: Connection) -> float:
+    return connection.execute(select(now(connection))).scalar_one()
+
+
+def _duration(connection: Connection, row: Row[Any]) -> float:
+    if row.duration_seconds is not None:
+        return round(row.duration_seconds, 3)
+    started = row.started_at.replace(tzinfo=row.started_at.tzinfo or UTC)
+    return round(max(0.0, _clock(connection) - started.timestamp()), 3)
+
+
+def _eta(connection: Connection, row: Row[Any], calls: dict[str, int]) -> float | None:
+    """Seconds that the calls still open take at the present speed."""
+    left = calls["pending"] + calls["running"]
+    if row.status != "running":
+        return None
+    begin = _clock(connection) - RATE_WINDOW_S
+    recent = (
+        select(func.count(), func.min(_calls.completed_at))
+        .join(windows, _windows.id == _calls.window_id)
+        .where(
+            _windows.workflow_execution_id == row.id,
+            _windows.progress_at >= begin,
+            _calls.completed_at >= begin,
+            _calls.status.in_(("completed", "failed")),
+        )
+    )
+    ended, first = connection.execute(recent).one()
+    if left == 0 or not ended:
+        return 0.0 if left == 0 else None
+    return round(left * max(1.0, begin + RATE_WINDOW_S - first) / ended, 1)
+
+
+def _bound_by(connection: Connection, row: Row[Any]) -> str | None:
+    """What most calls in flight wait for; `workers` when nobody is there to ask, the reason when the run is paused."""
+    if row.status not in OPEN_RUN:
+        return None
+    if row.status == "paused":
+        return row.reason or "paused"
+    alive = workers.c.heartbeat_at >= now(connection) - workers.c.lease_seconds
+    rows = connection.execute(select(workers.c.bound_by, workers.c.in_flight).where(alive)).all()
+    if not rows:
+        return "workers"
+    weights: dict[str, int] = {}
+    for worker in rows:
+        if worker.bound_by is not None:
+            weights[worker.bound_by] = weights.get(worker.bound_by, 0) + worker.in_flight + 1
+    if weights:
+        return max(sorted(weights), key=weights.__getitem__)
+    return "provider" if any(worker.in_flight for worker in rows) else None
