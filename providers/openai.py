@@ -37,10 +37,11 @@ _FINISH_REASONS: Mapping[str, FinishReason] = {
 }
 _SCHEMA_PROMPT = "\n\nAnswer only with JSON that satisfies this JSON Schema:\n"
 # Keywords that make OpenAI's strict mode refuse a schema; it is then sent as a hint and checked by us alone.
-_NOT_STRICT = frozenset(
-    "allOf contains dependentRequired else if maxContains maxLength maxProperties minContains minLength minProperties "
-    "not oneOf patternProperties propertyNames then unevaluatedItems unevaluatedProperties uniqueItems".split()
-)
+_NOT_STRICT = {
+    "allOf", "contains", "dependentRequired", "else", "if", "maxContains", "maxLength", "maxProperties", "minContains",
+    "minLength", "minProperties", "not", "oneOf", "patternProperties", "propertyNames", "then", "unevaluatedItems",
+    "unevaluatedProperties", "uniqueItems",
+}  # fmt: skip
 _MAX_REMEMBERED_SCHEMAS = 64
 _MAX_COUNT = 10**12
 
