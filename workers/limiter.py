@@ -14,7 +14,7 @@ import uuid
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import islice, takewhile
 
 from redis.asyncio import Redis
 
@@ -277,12 +277,8 @@ class Limiter:
         """The longest front part of the queue that one script call can serve."""
         if any(waiting.answer.done() for waiting in state.queue):
             state.queue = deque(waiting for waiting in state.queue if not waiting.answer.done())
-        batch: list[_Waiting] = []
-        for waiting in islice(state.queue, self._batch):
-            if waiting.terms is not state.queue[0].terms:
-                break
-            batch.append(waiting)
-        return batch
+        front = islice(state.queue, self._batch)
+        return list(takewhile(lambda waiting: waiting.terms is state.queue[0].terms, front))
 
     async def _ask(self, state: _PoolState, batch: list[_Waiting]) -> Answer:
         if any(waiting.permit_id in state.unsettled for waiting in batch):
@@ -291,8 +287,7 @@ class Limiter:
         if self._now() - state.heard_at > state.ttl_s / 2:
             state.memory = Memory()
         while True:
-            now = self._now()
-            since = state.blocked_since
+            now, since = self._now(), state.blocked_since
             answer = await self._bucket.reserve(
                 state.pool,
                 batch[0].terms,

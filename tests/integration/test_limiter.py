@@ -18,6 +18,7 @@ from redis.asyncio import Redis
 
 from tests.servers import ValkeyServer, start_valkey
 from tests.strict_limits import Sending, fixed_window, sliding_log, token_bucket
+from workers.bucket import Bucket, Correction
 from workers.limiter import Limit, Limiter, LimiterUnavailable, Permit, Pool, PoolLimits, Refused
 
 POOL = Pool("simulator:abc123:small")
@@ -250,6 +251,24 @@ def test_settling_gives_back_what_was_not_used_once(valkey):
     assert isinstance(fits, Permit)
     assert isinstance(full, Refused)
     assert isinstance(again, Permit)
+
+
+def test_a_settlement_that_arrives_twice_counts_once(valkey):
+    """A reply lost on the way makes the asker repeat; the server itself must know."""
+    allowed = PoolLimits(extra=(Limit("tpm", 1000, 60.0, 1000),))
+
+    async def scenario() -> Permit | Refused:
+        async with limiter(valkey) as found:
+            for name in ("a", "b"):
+                await granted(found, allowed, name, costs={"tpm": 500})
+            client = Redis.from_url(valkey.url)
+            bucket = Bucket(client, "test", 0.01)
+            for _ in range(3):
+                await bucket.settle(POOL, [Correction("a", None)], 7200.0)
+            await client.aclose()
+            return await ask(found, allowed, "c", costs={"tpm": 501}, max_wait_s=0)
+
+    assert isinstance(asyncio.run(scenario()), Refused)
 
 
 def test_a_call_dearer_than_estimated_is_paid_back_before_the_next(valkey):
