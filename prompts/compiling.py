@@ -18,6 +18,8 @@ from .sandbox import PromptEnvironment, forbidden, metered
 
 _Tree = TypeVar("_Tree", bound=nodes.Node)
 
+# Deeper trees would exhaust the stack of everything that walks them; people write no more than a dozen levels.
+_MAX_DEPTH = 100
 _UNEXPECTED = re.compile(r"unexpected (?:char )?(['\"])(.+?)\1")
 _TAGS = ("if", "elif", "else", "endif", "for", "endfor", "set", "with", "endwith", "include", "raw", "endraw")
 
@@ -54,13 +56,25 @@ def _parsed(
     parser: Parser | None = None
     try:
         parser = Parser(environment, source, name, None, state)
-        return parse(parser)
+        tree = parse(parser)
     except JinjaSyntaxError as error:
         _fail(environment, name, source, state, parser, error)
     except (RecursionError, MemoryError) as error:
         raise TemplateSyntaxProblem(TemplateProblem(name, None, None, "the template is nested too deeply")) from error
     except (ValueError, OverflowError) as error:
         raise TemplateSyntaxProblem(TemplateProblem(name, None, None, f"a number cannot be read: {error}")) from error
+    if _is_deeper_than(_MAX_DEPTH, tree):
+        raise TemplateSyntaxProblem(TemplateProblem(name, None, None, "the template is nested too deeply"))
+    return tree
+
+
+def _is_deeper_than(depth: int, tree: nodes.Node) -> bool:
+    level: list[nodes.Node] = [tree]
+    for _ in range(depth):
+        level = [child for node in level for child in node.iter_child_nodes()]
+        if not level:
+            return False
+    return True
 
 
 def compile_tree(environment: PromptEnvironment, name: str, tree: nodes.Template) -> Template:

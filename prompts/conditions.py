@@ -48,7 +48,7 @@ class Condition:
                 str(result)
             return bool(result)
         except OPERATION_ERRORS as error:
-            raise translated(error, "condition", lambda _: self.source, values) from error
+            raise translated(error, "condition", lambda _: self.source, values, line=1) from error
 
     def problems(self, available: Mapping[str, object]) -> list[TemplateProblem]:
         """Return everything the condition reads that `available` (sample values) does not have."""

@@ -28,8 +28,8 @@ from .errors import (
 )
 from .filters import METER
 from .frontmatter import PromptSource, split_front_matter
-from .limits import LimitExceeded, Meter, RenderLimits
-from .sandbox import PromptEnvironment, forbidden
+from .limits import MAX_INCLUDES, LimitExceeded, Meter, RenderLimits
+from .sandbox import PromptEnvironment, forbidden, walk
 from .translation import OPERATION_ERRORS, translated
 
 # Names that a file system could take for a way out of the pack.
@@ -212,23 +212,30 @@ class PromptEngine:
     def _parse(self, name: str, text: str) -> nodes.Template:
         return parse_template(self._environment, name, text)
 
-    def _trees(self, name: str, chain: tuple[str, ...] = ()) -> list[tuple[str, nodes.Template]]:
+    def _trees(self, name: str) -> list[tuple[str, nodes.Template]]:
         """Return name and tree of the prompt's texts and of everything it includes.
 
         Raises:
             TemplateSyntaxProblem, TemplateNotFound, UnsafeTemplate: Also for includes that are missing, reach out of
                 the pack or come back to a template that is being included.
         """
-        parts = self._parts(name)
-        own = [self._parse(name, text) for text in (parts.system, parts.body) if text is not None]
-        found = [(name, tree) for tree in own]
-        for tree in own:
-            for include in tree.find_all(nodes.Include):
-                inner = include.template
-                if isinstance(inner, nodes.Const) and isinstance(inner.value, str):
-                    self._check_include(name, include.lineno, inner.value, (*chain, name))
-                    found += self._trees(inner.value, (*chain, name))
+        found: list[tuple[str, nodes.Template]] = []
+        self._gather(name, (), found)
         return found
+
+    def _gather(self, name: str, chain: tuple[str, ...], found: list[tuple[str, nodes.Template]]) -> None:
+        parts = self._parts(name)
+        for text in (parts.system, parts.body):
+            if text is None:
+                continue
+            tree = self._parse(name, text)
+            found.append((name, tree))
+            if len(found) > MAX_INCLUDES:
+                message = f"the prompt includes more than {MAX_INCLUDES} templates, repeated ones counted"
+                raise PromptTooLarge(TemplateProblem((*chain, name)[0], None, None, message))
+            for line, inner in _includes(tree):
+                self._check_include(name, line, inner, (*chain, name))
+                self._gather(inner, (*chain, name), found)
 
     def _check_include(self, name: str, line: int, inner: str, chain: tuple[str, ...]) -> None:
         place = (name, line, column_of(self._sources[name], line, inner))
@@ -243,6 +250,17 @@ class PromptEngine:
         if self._parts(inner).has_front_matter:
             message = f"the included template '{inner}' has front matter"
             raise TemplateSyntaxProblem(TemplateProblem(*place, message, "only a whole prompt can have it"))
+
+
+def _includes(tree: nodes.Template) -> list[tuple[int, str]]:
+    """Return line and name of every include that names its template in quotes."""
+    return [
+        (node.lineno, node.template.value)
+        for node in walk(tree)
+        if isinstance(node, nodes.Include)
+        and isinstance(node.template, nodes.Const)
+        and isinstance(node.template.value, str)
+    ]
 
 
 class _IncludeLoader(BaseLoader):

@@ -71,7 +71,7 @@ def _read(name: str, front: list[str]) -> dict[str, str]:
         values = tomllib.loads("\n".join(front))
     except tomllib.TOMLDecodeError as error:
         place = _TOML_PLACE.search(str(error))
-        line, column = (int(place.group(1)) + 1, int(place.group(2))) if place else (1, None)
+        line, column = (int(place.group(1)) + 1, int(place.group(2))) if place else (len(front) + 1, None)
         message = _TOML_PLACE.sub("", str(error))
         raise _problem(name, line, column, f"the front matter is not TOML: {message}", None) from error
     for key, value in values.items():

@@ -10,6 +10,9 @@ from dataclasses import dataclass
 from typing import cast
 
 MAX_VALUE_SIZE = 2_000_000
+ELEMENT_SIZE = 16
+"""What an element weighs beside its text: about what it takes to walk it."""
+MAX_INCLUDES = 200
 MAX_RANGE = 10_000
 MAX_INTEGER_BITS = 1_024
 
@@ -65,24 +68,26 @@ class Meter:
 
 
 def weigh(value: object, budget: int = MAX_VALUE_SIZE) -> int:
-    """Return the size of a plain value written out (characters and elements), shared parts counted every time.
+    """Return the size of a plain value written out: characters, and `ELEMENT_SIZE` for every element.
+
+    Parts that a value holds several times count every time.
 
     Raises:
         LimitExceeded: When it is more than `budget`; the walk stops there, so its own cost is bounded.
     """
     if isinstance(value, str):
-        size = len(value) + 1
+        size = len(value) + ELEMENT_SIZE
     elif isinstance(value, (list, tuple)):
-        size = 1
+        size = ELEMENT_SIZE
         for element in cast("list[object]", value):
             size += weigh(element, budget - size)
     elif isinstance(value, Mapping):
-        size = 1
+        size = ELEMENT_SIZE
         for key, element in cast("Mapping[object, object]", value).items():
             size += weigh(key, budget - size)
             size += weigh(element, budget - size)
     else:
-        size = 1
+        size = ELEMENT_SIZE
     if size > budget:
         raise LimitExceeded(f"the template builds a value of more than {MAX_VALUE_SIZE} characters")
     return size

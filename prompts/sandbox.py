@@ -126,7 +126,7 @@ class PromptEnvironment(ImmutableSandboxedEnvironment):
         """Return the key `attribute` of a mapping, or one of the named attributes of a loop; else an undefined."""
         # The exact type first: an abstract check costs more than the rest of a lookup, and prompts look up a lot.
         if type(obj) is dict or isinstance(obj, Mapping):
-            members: Mapping[str, object] = obj
+            members = cast("Mapping[str, object]", obj)
             if attribute in members:
                 return members[attribute]
         elif isinstance(obj, LoopContext) and attribute in LOOP_ATTRIBUTES:
@@ -192,7 +192,7 @@ def _range(*arguments: int) -> Sequence[int]:
 def forbidden(tree: nodes.Node, environment: PromptEnvironment, template: str) -> list[TemplateProblem]:
     """Return one problem for every construct of the tree that templates may not use, in the order of lines."""
     found: list[TemplateProblem] = []
-    for node in _walk(tree):
+    for node in walk(tree):
         refusal = _refusal(node, environment)
         if refusal is not None:
             message, hint = refusal
@@ -200,7 +200,8 @@ def forbidden(tree: nodes.Node, environment: PromptEnvironment, template: str) -
     return sorted(found, key=lambda problem: problem.line or 0)
 
 
-def _walk(tree: nodes.Node) -> Iterator[nodes.Node]:
+def walk(tree: nodes.Node) -> Iterator[nodes.Node]:
+    """Yield every node of a tree, in no particular order and however deep it is nested."""
     waiting = [tree]
     while waiting:
         node = waiting.pop()

@@ -36,7 +36,11 @@ OPERATION_ERRORS: Final = (
 
 
 def translated(
-    error: BaseException, template: str, source_of: Callable[[str], str], values: Mapping[str, object]
+    error: BaseException,
+    template: str,
+    source_of: Callable[[str], str],
+    values: Mapping[str, object],
+    line: int | None = None,
 ) -> PromptError:
     """Return the error of this package for one raised while rendering.
 
@@ -45,8 +49,9 @@ def translated(
         template: The name to report when no template frame is on the traceback.
         source_of: Gives the text of a template, to find columns and full paths.
         values: What was rendered, to suggest names.
+        line: The line to report when no template frame is on the traceback.
     """
-    name, line = _place(error.__traceback__, template)
+    name, line = _place(error.__traceback__, (template, line))
     if isinstance(error, MissingValue):
         return _undefined(error, name, line, source_of(name), values)
     if isinstance(error, LimitExceeded):
@@ -58,13 +63,12 @@ def translated(
     return RenderFailed(TemplateProblem(name, line, None, f"rendering fails on these values: {error}"[:500]))
 
 
-def _place(traceback: TracebackType | None, template: str) -> tuple[str, int | None]:
-    """Return name and line of the innermost template frame."""
-    place: tuple[str, int | None] = (template, None)
+def _place(traceback: TracebackType | None, place: tuple[str, int | None]) -> tuple[str, int | None]:
+    """Return name and line of the innermost template frame, `place` when there is none."""
     while traceback is not None:
         compiled = traceback.tb_frame.f_globals.get("__jinja_template__")
         if isinstance(compiled, Template):
-            place = (compiled.name or template, compiled.get_corresponding_lineno(traceback.tb_lineno))
+            place = (compiled.name or place[0], compiled.get_corresponding_lineno(traceback.tb_lineno))
         traceback = traceback.tb_next
     return place
 
