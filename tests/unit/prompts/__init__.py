@@ -1,0 +1,1 @@
+"""Tests of the prompts package: engine, conditions, sandbox, fencing and the packs that ship."""
