@@ -22,7 +22,7 @@ from workers.bucket import Bucket, Correction
 from workers.limiter import Limit, Limiter, LimiterUnavailable, Permit, Pool, PoolLimits, Refused
 
 POOL = Pool("simulator:abc123:small")
-NODE = Path(__file__).with_name("limiter_process.py")
+ROOT = Path(__file__).parents[2]
 
 
 @contextlib.asynccontextmanager
@@ -136,10 +136,14 @@ def test_mixed_request_sizes_use_most_of_a_token_limit(valkey):
 def test_processes_share_one_limit_exactly_and_fully(valkey):
     """Three processes, two seconds' window, real clocks: what counts is when a request really left."""
     units, window_s, seconds = 200, 2.0, 6.0
-    command = [sys.executable, str(NODE), valkey.url, str(units), str(window_s), str(seconds)]
-    root = NODE.parents[2]
-    nodes = [subprocess.Popen([*command, str(n)], stdout=subprocess.PIPE, cwd=root) for n in range(3)]
-    reports = [json.loads(node.communicate(timeout=30)[0]) for node in nodes]
+    command = [sys.executable, "-m", "tests.integration.limiter_process", valkey.url]
+    command += [str(units), str(window_s), str(seconds)]
+    with contextlib.ExitStack() as stack:
+        nodes = [
+            stack.enter_context(subprocess.Popen([*command, str(n)], stdout=subprocess.PIPE, cwd=ROOT))
+            for n in range(3)
+        ]
+        reports = [json.loads(node.communicate(timeout=30)[0]) for node in nodes]
     sent = sorted(at for report in reports for at in report["sent"])
     until = sent[0] + seconds - 0.2
     used = sum(at <= until for at in sent) / (units * (until - sent[0]) / window_s)
