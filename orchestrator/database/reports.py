@@ -1,15 +1,16 @@
-"""What people ask about runs: how far they are, how they ended, which there are, what they cost. Read only.
+"""What people ask about runs: how far they are, how they ended, which there are. Read only.
 
 The status of a run is asked once a second by whoever watches it, so it never counts all calls: closed windows carry
-their counters, and only the few windows that are open are counted live. What single answers look like is in `records`.
+their counters, and only the few windows that are open are counted live. Single answers are in `records`, money is
+in `costs`.
 """
 
 import json
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any, Literal
+from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, Label, Row, RowMapping, Select, func, literal, or_, select
+from sqlalchemy import Connection, Row, func, literal, or_, select
 
 from orchestrator.database import ledger
 from orchestrator.database.engine import now
@@ -31,8 +32,6 @@ RATE_WINDOW_S = 30.0
 """The speed of a run is measured over this many seconds, so that a pause or a slow start is soon forgotten."""
 LATEST = "latest"
 _MAX_CANDIDATES = 10
-
-Grouping = Literal["run", "provider", "model", "step", "day"]
 
 _runs = workflow_executions.c
 _windows = windows.c
@@ -170,43 +169,6 @@ def list_runs(connection: Connection, limit: int = 20, status_is: RunStatus | No
     ]
 
 
-def costs(
-    connection: Connection, run: int | None = None, by: Grouping = "run", since: datetime | None = None
-) -> list[dict[str, Any]]:
-    """What attempts cost, in groups whose sum is the ledger's to the last nano-dollar.
-
-    Args:
-        connection: the caller's transaction.
-        run: one run only; None for all.
-        by: what to group by. A call that moved to another provider counts in both groups.
-        since: attempts from then on only.
-
-    Returns:
-        One object per group: its name under the key `by` (`model` comes with its `provider`, `step` with its
-        `workflow`, `run` is called `run_id`), then `calls`, `attempts`, `input_tokens`, `output_tokens`,
-        `cached_tokens`, `cost_usd`, `unconfirmed_usd`.
-    """
-    keys = _cost_keys(connection, by)
-    query: Select[Any] = (
-        select(
-            *keys,
-            func.count(func.distinct(_usage.prompt_execution_id)).label("calls"),
-            func.count().label("attempts"),
-            *(func.sum(column).label(column.name) for column in _TOKENS),
-            func.sum(_usage.cost_nusd).label("cost_nusd"),
-            _unknown_cost().label("unknown_nusd"),
-        )
-        .join(workflow_executions, _runs.id == _usage.workflow_execution_id)
-        .group_by(*(key.element for key in keys))
-        .order_by(*(key.element for key in keys))
-    )
-    if run is not None:
-        query = query.where(_usage.workflow_execution_id == run)
-    if since is not None:
-        query = query.where(_usage.reserved_at >= since.timestamp())
-    return [_cost_group(row, keys) for row in connection.execute(query).mappings()]
-
-
 def iso(moment: datetime | None) -> str | None:
     """A timestamp of the database as ISO 8601 in UTC; SQLite returns it without a zone, and it is UTC there too."""
     if moment is None:
@@ -221,37 +183,6 @@ def iso_epoch(seconds: float | None) -> str | None:
 
 
 _TOKENS = (_usage.input_tokens, _usage.output_tokens, _usage.cached_tokens)
-
-
-def _unknown_cost() -> ColumnElement[int]:
-    return func.coalesce(func.sum(_usage.cost_nusd).filter(_usage.status == "unknown"), 0)
-
-
-def _cost_keys(connection: Connection, by: Grouping) -> tuple[Label[Any], ...]:
-    match by:
-        case "run":
-            return (_runs.run_id.label("run_id"),)
-        case "provider":
-            return (_usage.provider.label("provider"),)
-        case "model":
-            return _usage.provider.label("provider"), _usage.model.label("model")
-        case "step":
-            return _runs.workflow_id.label("workflow"), _usage.step.label("step")
-        case "day":
-            utc = _usage.execution_date
-            if connection.dialect.name == "sqlite":
-                return (func.date(utc).label("day"),)
-            return (func.to_char(func.timezone("UTC", utc), "YYYY-MM-DD").label("day"),)
-
-
-def _cost_group(row: RowMapping, keys: tuple[Label[Any], ...]) -> dict[str, Any]:
-    return {key.name: row[key.name] for key in keys} | {
-        "calls": row["calls"],
-        "attempts": row["attempts"],
-        **{column.name: int(row[column.name]) for column in _TOKENS},
-        "cost_usd": usd(int(row["cost_nusd"])),
-        "unconfirmed_usd": usd(int(row["unknown_nusd"])),
-    }
 
 
 def _run_row(connection: Connection, run: int) -> Row[Any]:
