@@ -16,6 +16,7 @@ from orchestrator.database.tables import items, llm_usage, prompt_executions, ve
 from orchestrator.money import usd
 
 PAGE_ITEMS = 500
+DEFAULT_TOP = 10
 Combine = Callable[[Sequence[Any]], Any]
 """Makes one answer of the answers of a step's repeats."""
 
@@ -93,7 +94,7 @@ def answers_of(connection: Connection, run: int, item_keys: Sequence[str]) -> di
 
 
 def run_steps(connection: Connection, run: int) -> list[dict[str, Any]]:
-    """The steps of a run in the order of work: `name`, `kind`, `segment`, `calls` and `top` of each.
+    """The steps of a run in the order of work: `name`, `kind`, `segment`, `calls` and `reduce` of each.
 
     Raises:
         LookupError: the run does not exist.
@@ -222,7 +223,8 @@ def _reduce_results(
         if calls:
             yield _result(None, step["name"], calls, combine)
         return
-    places = ranking(connection, run, step["name"], top or step["top"])
+    rule: dict[str, Any] = step.get("reduce") or {}
+    places = ranking(connection, run, step["name"], top or rule.get("top", DEFAULT_TOP))
     if places:
         yield {
             "item_key": None,

@@ -100,6 +100,13 @@ def status(connection: Connection, run: int) -> dict[str, Any]:
     }
 
 
+def final_status(connection: Connection, run: int) -> dict[str, Any]:
+    """The status object as it will be once a run whose steps are all done has ended: for the files it leaves behind."""
+    ended = outcome(connection, run)
+    present = {"status": ended.status, "reason": ended.reason, "eta_seconds": None, "bound_by": None}
+    return status(connection, run) | present | {"completed_at": iso_epoch(_clock(connection))}
+
+
 def outcome(connection: Connection, run: int) -> Outcome:
     """What a run ends as, now that its steps are all done."""
     row = _run_row(connection, run)
@@ -114,8 +121,18 @@ def outcome(connection: Connection, run: int) -> Outcome:
     return Outcome("completed", "with_failures" if failed else None)
 
 
+def item_totals(connection: Connection, run: int) -> dict[str, int]:
+    """What has become of a run's items so far, for a reduce step: `items`, `completed`, `failed`, `skipped`.
+
+    Right when no window of items is open, which is when reduce steps ask.
+    """
+    failed, skipped = _failed_items(connection, run), _skipped_items(connection, run)
+    total = connection.execute(select(_runs.items_total).where(_runs.id == run)).scalar_one()
+    return {"items": total, "completed": total - failed - skipped, "failed": failed, "skipped": skipped}
+
+
 def find_runs(connection: Connection, name: str) -> list[tuple[int, str]]:
-    """The runs that a name can mean, newest first: `latest`, a whole id, its beginning, or the words at its end.
+    """The runs that a name can mean, newest first: `latest`, a whole id, its beginning, or words in it.
 
     Returns:
         (number, run id); one of them when the name is clear, at most ten when it is not.
@@ -126,7 +143,7 @@ def find_runs(connection: Connection, name: str) -> list[tuple[int, str]]:
     exact = [(row.id, row.run_id) for row in connection.execute(query.where(_runs.run_id == name))]
     if exact or not name:
         return exact
-    like = or_(_runs.run_id.startswith(name, autoescape=True), _runs.run_id.endswith(f"-{name}", autoescape=True))
+    like = or_(_runs.run_id.startswith(name, autoescape=True), _runs.run_id.contains(f"-{name}", autoescape=True))
     return [(row.id, row.run_id) for row in connection.execute(query.where(like))]
 
 
