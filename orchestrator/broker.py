@@ -22,6 +22,8 @@ TASK_NAMES = (ASK_SHARD, CLOSE_WINDOW)
 CONTROL_QUEUE = "control"
 PROVIDER_QUEUE_PREFIX = "llm."
 
+CONTROL_THREADS = 2
+"""Threads beyond the shards', so that windows are closed while all others wait for providers."""
 VISIBILITY_TIMEOUT_S = 4 * 3600
 """Longer than any call's deadline. Recovery of a dead worker's calls is by the database's leases, within seconds;
 redelivery by the broker would only ask for calls that are still being worked on."""
@@ -84,6 +86,24 @@ def provider_queue(provider: str) -> str:
 def all_queues(providers: Iterable[str]) -> tuple[str, ...]:
     """Every queue of an installation: the control queue, then one per provider."""
     return (CONTROL_QUEUE, *(provider_queue(name) for name in providers))
+
+
+def worker_command(queues: Iterable[str], threads: int, name: str) -> list[str]:
+    """Arguments for the Python interpreter that start a worker process.
+
+    Args:
+        queues: to listen on.
+        threads: shards that it works on at the same time.
+        name: before the `@` of the worker's Celery name.
+    """
+    return [
+        *("-m", "celery", "-A", "workers.app", "worker"),
+        # Threads: each waits for a shard that runs on the process's one asyncio loop.
+        *("--pool", "threads", "--concurrency", str(threads + CONTROL_THREADS)),
+        *("--queues", ",".join(queues), "--hostname", f"{name}@%h"),
+        # Nobody needs workers to gossip: fewer channels, faster start.
+        *("--without-mingle", "--without-gossip", "--loglevel", "WARNING"),
+    ]
 
 
 def make_app(redis_url: str, providers: Sequence[str], prefix: str = "") -> Celery:

@@ -152,6 +152,10 @@ class ConfigManager:
             return document.workflows[name].model_dump(exclude_none=True)
         return {}
 
+    def child_environment(self, values: Mapping[str, str]) -> dict[str, str]:
+        """The environment for a process that we start: this one's, with some variables set."""
+        return {**self._environ, **values}
+
     def reload(self) -> Settings:
         """Read all sources again and return the new settings. Safe to repeat.
 

@@ -103,15 +103,8 @@ class ResultProcessor:
         return round(quality, 3), tuple(flags)
 
     def aggregate_results(self, values: Sequence[Any]) -> Any:
-        """One answer from several to the same question: means of numbers, most frequent of the rest.
-
-        Args:
-            values: at least one; objects with the same fields, or texts, of which the first one stands.
-        """
-        if len(values) == 1 or not isinstance(values[0], dict):
-            return values[0]
-        objects = cast("Sequence[dict[str, Any]]", values)
-        return {name: _aggregate([one[name] for one in objects if name in one]) for name in objects[0]}
+        """One answer from several to the same question; see `aggregate_results` of this module."""
+        return aggregate_results(values)
 
     def _parse_text(self, text: str) -> Answer:
         stripped = text.strip()
@@ -119,6 +112,18 @@ class ResultProcessor:
             wanted = f"{self._spec.min_length} to {self._spec.max_length}"
             raise AnswerError(f"the answer has {len(stripped)} characters, wanted {wanted}")
         return Answer(stripped, 1.0)
+
+
+def aggregate_results(values: Sequence[Any]) -> Any:
+    """One answer from several to the same question: means of numbers, the most frequent of the rest.
+
+    Args:
+        values: at least one; objects with the same fields, or texts, of which the first one stands.
+    """
+    if len(values) == 1 or not isinstance(values[0], dict):
+        return values[0]
+    objects = cast("Sequence[dict[str, Any]]", values)
+    return {name: _aggregate([one[name] for one in objects if name in one]) for name in objects[0]}
 
 
 def answer_schema(spec: AnswerSpec, files: Mapping[str, str]) -> dict[str, Any] | None:

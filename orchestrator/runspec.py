@@ -6,12 +6,13 @@ during a run changes nothing.
 """
 
 import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Set
+from dataclasses import asdict, dataclass, replace
 from hashlib import sha256
 from typing import Any
 
 from orchestrator import planning
+from orchestrator.planning import segments
 from orchestrator.workflow import WORKFLOW_FILE, Workflow, read_workflow
 from providers.pricing import Price
 
@@ -44,7 +45,7 @@ class RunSpec:
         pack_files: text by file name, `workflow.toml` included.
         routes: by step name, the primary route first; only for steps that ask.
         cache_ttl_s: seconds; 0 turns the cache off.
-        parent: names under which budgets are looked up later.
+        steps: names of the steps that are done; None for all that the declaration has.
     """
 
     workflow: Workflow
@@ -55,6 +56,7 @@ class RunSpec:
     shard_size: int
     lanes: int
     cache_ttl_s: int
+    steps: frozenset[str] | None = None
 
     def to_json(self) -> str:
         """JSON text that `from_json` reads back.
@@ -64,6 +66,7 @@ class RunSpec:
         return json.dumps(
             {
                 "spec_version": SPEC_VERSION,
+                "steps": _steps_to_json(self.workflow),
                 "steps": [
                     _step_to_json(self.workflow, segment, name)
                     for segment in planning.segments(self.workflow)
@@ -76,6 +79,7 @@ class RunSpec:
                 "shard_size": self.shard_size,
                 "lanes": self.lanes,
                 "cache_ttl_s": self.cache_ttl_s,
+                "only": None if self.steps is None else sorted(self.steps),
             },
             sort_keys=True,
         )
@@ -91,7 +95,7 @@ class RunSpec:
         if data["spec_version"] != SPEC_VERSION:
             raise ValueError(f"the run was begun by another release (spec version {data['spec_version']})")
         workflow, _ = read_workflow(data["pack_files"][WORKFLOW_FILE], WORKFLOW_FILE)
-        return cls(
+        whole = cls(
             workflow=workflow,
             pack_files=data["pack_files"],
             variables=data["variables"],
@@ -102,6 +106,17 @@ class RunSpec:
             shard_size=data["shard_size"],
             lanes=data["lanes"],
             cache_ttl_s=data["cache_ttl_s"],
+        )
+        return whole if data["only"] is None else whole.only(frozenset(data["only"]))
+
+    def only(self, steps: Set[str]) -> "RunSpec":
+        """The same run with some of its steps; the caller names every step that they need."""
+        kept = tuple(step for step in self.workflow.steps if step.name in steps)
+        return replace(
+            self,
+            workflow=self.workflow.model_copy(update={"steps": kept}),
+            routes={name: routes for name, routes in self.routes.items() if name in steps},
+            steps=frozenset(steps),
         )
 
     def template_label(self, file: str) -> str:
@@ -118,6 +133,23 @@ def _step_to_json(workflow: Workflow, segment: planning.Segment, name: str) -> d
         "calls": step.repeats if step.asks() else 0,
         "top": step.reduce.top if step.reduce else None,
     }
+
+
+def _steps_to_json(workflow: Workflow) -> list[dict[str, Any]]:
+    """What reports need to know of the steps, so that they need not read the declaration: in order of work."""
+    place = {
+        name: segment.number for segment in segments(workflow) for name in (*segment.item_steps(), *segment.reduces)
+    }
+    return [
+        {
+            "name": step.name,
+            "kind": step.kind,
+            "segment": place[step.name],
+            "calls": step.repeats if step.asks() else 0,
+            "reduce": None if step.reduce is None else step.reduce.model_dump(mode="json"),
+        }
+        for step in workflow.ordered_steps
+    ]
 
 
 def _route_to_json(route: Route) -> dict[str, Any]:

@@ -15,6 +15,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 from sqlalchemy import Connection, Engine, text
 from sqlalchemy.exc import DBAPIError
@@ -100,6 +101,16 @@ class Database:
         found, wanted = migrate.current_revision(self._engine), migrate.head_revision(self._engine)
         if found != wanted:
             raise SchemaOutdated(found, wanted)
+
+    def is_prepared(self) -> bool:
+        """Whether the database is at this release's revision; does not create a file for SQLite.
+
+        Raises:
+            DatabaseUnavailable: it does not answer.
+        """
+        if self._url.drivername == "sqlite" and not Path(self._url.database or "").exists():
+            return False
+        return migrate.current_revision(self._engine) == migrate.head_revision(self._engine)
 
     def save_workflow_execution(self, values: dict[str, object], limit_nusd: int | None) -> int:
         """Writes a new run with its budget; returns its number in this database."""

@@ -96,6 +96,8 @@ class Closing:
     call: int
     end: runs.CallEnd
     text: runs.CallText | None = None
+    held: tuple[int, str] | None = None
+    """Fence and worker under which the call is held; None for a call that is pending."""
 
 
 def claim(connection: Connection, claims: Sequence[Claim]) -> list[ClaimAnswer]:
@@ -231,10 +233,16 @@ def _as_stale(usage: ledger.Usage) -> ledger.Usage:
 
 
 def close(connection: Connection, closings: Sequence[Closing]) -> list[bool]:
-    """Moves pending calls without an attempt; False for those that were not pending any more."""
+    """Moves calls without an attempt; False for those that were not pending, or not held as said, any more."""
     rows = runs.lock_calls(connection, (one.call for one in closings))
-    answers = [one.call in rows and rows[one.call].status == "pending" for one in closings]
+    answers = [one.call in rows and _is_as_said(one, rows[one.call]) for one in closings]
     ended = [one for one, mine in zip(closings, answers, strict=True) if mine]
     runs.end_calls(connection, [(one.call, one.end, one.text, 0, 0, 0) for one in ended])
     runs.note_progress(connection, (rows[one.call].window_id for one in ended))
     return answers
+
+
+def _is_as_said(one: Closing, row: Row[Any]) -> bool:
+    if one.held is None:
+        return row.status == "pending"
+    return row.status == "running" and (row.fence, row.worker_id) == one.held

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 
-from sqlalchemy import Connection, delete, select
+from sqlalchemy import Connection, delete, func, select
 from sqlalchemy.dialects import postgresql, sqlite
 
 from orchestrator.database.tables import result_cache
@@ -69,3 +69,12 @@ def purge(connection: Connection, *, everything: bool = False) -> int:
     if not everything:
         statement = statement.where(result_cache.c.expires_at <= datetime.now(UTC))
     return connection.execute(statement).rowcount
+
+
+def stats(connection: Connection) -> dict[str, int]:
+    """How much is kept: `entries`, `expired` ones among them, and `bytes` of JSON text."""
+    columns = result_cache.c
+    expired = func.count().filter(columns.expires_at <= datetime.now(UTC))
+    size = func.coalesce(func.sum(func.length(columns.result)), 0)
+    row = connection.execute(select(func.count(), expired, size)).one()
+    return {"entries": row[0], "expired": row[1], "bytes": int(row[2])}

@@ -104,7 +104,7 @@ def final_status(connection: Connection, run: int) -> dict[str, Any]:
     """The status object as it will be once a run whose steps are all done has ended: for the files it leaves behind."""
     ended = outcome(connection, run)
     present = {"status": ended.status, "reason": ended.reason, "eta_seconds": None, "bound_by": None}
-    return status(connection, run) | present | {"completed_at": iso_epoch(_clock(connection))}
+    return status(connection, run) | present | {"completed_at": iso_epoch(clock(connection))}
 
 
 def outcome(connection: Connection, run: int) -> Outcome:
@@ -184,6 +184,36 @@ def list_runs(connection: Connection, limit: int = 20, status_is: RunStatus | No
         }
         for row in connection.execute(query)
     ]
+
+
+def clock(connection: Connection) -> float:
+    """The database's clock: seconds since the epoch."""
+    return connection.execute(select(now(connection))).scalar_one()
+
+
+def live_workers(connection: Connection) -> list[dict[str, Any]]:
+    """Workers whose lease has not run out: `id`, `queues`, `version`, `in_flight`, `bound_by`, oldest first."""
+    alive = workers.c.heartbeat_at >= now(connection) - workers.c.lease_seconds
+    query = select(workers).where(alive).order_by(workers.c.started_at, workers.c.id)
+    return [
+        {
+            "id": row.id,
+            "queues": [name for name in row.queues.split(",") if name],
+            "version": row.version,
+            "in_flight": row.in_flight,
+            "bound_by": row.bound_by,
+        }
+        for row in connection.execute(query)
+    ]
+
+
+def identity(connection: Connection, run: int) -> str:
+    """The hash of what a run was asked to do.
+
+    Raises:
+        LookupError: the run does not exist.
+    """
+    return _run_row(connection, run).identity
 
 
 def iso(moment: datetime | None) -> str | None:
@@ -331,15 +361,11 @@ def _skipped_items(connection: Connection, run: int) -> int:
     return connection.execute(select(func.count()).select_from(statuses.subquery())).scalar_one()
 
 
-def _clock(connection: Connection) -> float:
-    return connection.execute(select(now(connection))).scalar_one()
-
-
 def _duration(connection: Connection, row: Row[Any]) -> float:
     if row.duration_seconds is not None:
         return round(row.duration_seconds, 3)
     started = row.started_at.replace(tzinfo=row.started_at.tzinfo or UTC)
-    return round(max(0.0, _clock(connection) - started.timestamp()), 3)
+    return round(max(0.0, clock(connection) - started.timestamp()), 3)
 
 
 def _eta(connection: Connection, row: Row[Any], calls: dict[str, int]) -> float | None:
@@ -347,7 +373,7 @@ def _eta(connection: Connection, row: Row[Any], calls: dict[str, int]) -> float 
     left = calls["pending"] + calls["running"]
     if row.status != "running":
         return None
-    begin = _clock(connection) - RATE_WINDOW_S
+    begin = clock(connection) - RATE_WINDOW_S
     recent = (
         select(func.count(), func.min(_calls.completed_at))
         .join(windows, _windows.id == _calls.window_id)
@@ -370,14 +396,13 @@ def _bound_by(connection: Connection, row: Row[Any]) -> str | None:
         return None
     if row.status == "paused":
         return row.reason or "paused"
-    alive = workers.c.heartbeat_at >= now(connection) - workers.c.lease_seconds
-    rows = connection.execute(select(workers.c.bound_by, workers.c.in_flight).where(alive)).all()
-    if not rows:
+    alive = live_workers(connection)
+    if not alive:
         return "workers"
     weights: dict[str, int] = {}
-    for worker in rows:
-        if worker.bound_by is not None:
-            weights[worker.bound_by] = weights.get(worker.bound_by, 0) + worker.in_flight + 1
+    for worker in alive:
+        if worker["bound_by"] is not None:
+            weights[worker["bound_by"]] = weights.get(worker["bound_by"], 0) + worker["in_flight"] + 1
     if weights:
         return max(sorted(weights), key=weights.__getitem__)
-    return "provider" if any(worker.in_flight for worker in rows) else None
+    return "provider" if any(worker["in_flight"] for worker in alive) else None

@@ -12,7 +12,7 @@ from typing import Any
 from sqlalchemy import Connection, Row, func, or_, select
 
 from orchestrator.database.engine import now
-from orchestrator.database.tables import items, prompt_executions, verdicts, workflow_executions
+from orchestrator.database.tables import items, prompt_executions, verdicts, windows, workflow_executions
 
 _calls = prompt_executions.c
 ENDED = ("completed", "failed", "skipped", "cancelled")
@@ -154,6 +154,26 @@ def count_ranked(connection: Connection, run: int, ranking: str) -> int:
     """How many items a ranking holds."""
     query = select(func.count()).where(verdicts.c.workflow_execution_id == run, verdicts.c.step == ranking)
     return connection.execute(query).scalar_one()
+
+
+def reduce_totals(connection: Connection, run: int, segment: int, ranking: str | None) -> dict[str, int]:
+    """What a reduce step may say about the whole: `items`, `completed`, `failed`, `skipped`, `ranked`.
+
+    Failed and skipped are those of the segment that the step ends; `ranked` is 0 without a ranking.
+    """
+    query = select(
+        func.coalesce(func.sum(windows.c.items_failed), 0).label("failed"),
+        func.coalesce(func.sum(windows.c.items_skipped), 0).label("skipped"),
+    ).where(windows.c.workflow_execution_id == run, windows.c.segment == segment, windows.c.step.is_(None))
+    row = connection.execute(query).one()
+    total = run_row(connection, run).items_total
+    return {
+        "items": total,
+        "completed": total - int(row.failed) - int(row.skipped),
+        "failed": int(row.failed),
+        "skipped": int(row.skipped),
+        "ranked": 0 if ranking is None else count_ranked(connection, run, ranking),
+    }
 
 
 def completed_answers(connection: Connection, run: int, step: str) -> Iterator[tuple[int, str, list[Any]]]:

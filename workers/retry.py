@@ -1,0 +1,122 @@
+"""Pure: what an error means for its attempt, and what happens to the call next. The one place that decides about repeating.
+
+An error is first classified (what do we book, what kind of trouble is it), then decided upon: wait and send again, take the
+next route, give the call up, or stop the run because every other call would end the same way.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from orchestrator.database.ledger import AttemptStatus
+from providers import errors
+
+Trouble = Literal["rate_limited", "transient", "route", "content", "request", "run"]
+"""rate_limited: too fast. transient: the same request may work later. route: this route will not do.
+content: refused by a policy. request: this request is wrong. run: every call of the run would fail the same way."""
+
+BACKOFF_FIRST_S = 0.5
+BACKOFF_MOST_S = 30.0
+RATE_LIMITED_TRIES = 5
+"""A 429 says nothing about the call, so it may be sent this many times as often as after other errors."""
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """A classified error.
+
+    Attributes:
+        code: stable name, for ledgers and reports.
+        status: what the attempt becomes; `unknown` when it may have been paid for.
+        reason: why the run stops, for trouble of the kind `run`.
+    """
+
+    code: str
+    status: AttemptStatus
+    trouble: Trouble
+    retry_after_s: float | None = None
+    reason: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class SendAgain:
+    """Send on the same route after a wait in seconds."""
+
+    wait_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class TakeNextRoute:
+    """Go on with the next route of the fallback chain."""
+
+
+@dataclass(frozen=True, slots=True)
+class GiveUp:
+    """The call has failed."""
+
+
+@dataclass(frozen=True, slots=True)
+class StopRun:
+    """Put the call back and pause its run: it is not the call's fault."""
+
+    reason: str
+
+
+Decision = SendAgain | TakeNextRoute | GiveUp | StopRun
+
+
+def classify(error: errors.ProviderError) -> Failure:
+    """Says what an error of a provider means."""
+    lost: AttemptStatus = "unknown" if error.billed == "unknown" else "retryable"
+    wait = error.retry_after_s
+    match error:
+        case errors.RateLimited():
+            return Failure("rate_limited", "retryable", "rate_limited", wait)
+        case errors.QuotaExhausted():
+            return Failure("quota_exhausted", "fatal", "run", reason="provider_quota")
+        case errors.AuthenticationFailed():
+            return Failure("authentication", "fatal", "run", reason="provider_key")
+        case errors.ModelNotFound():
+            return Failure("model_not_found", "fatal", "run", reason="provider_model")
+        case errors.ContextTooLong():
+            return Failure("context_too_long", "fatal", "route")
+        case errors.RequestRejected():
+            return Failure("request_rejected", "fatal", "request")
+        case errors.ContentRefused():
+            return Failure("content_refused", "refused", "content")
+        case errors.TimedOut():
+            return Failure("timed_out", lost, "transient", wait)
+        case errors.ConnectionFailed():
+            return Failure("connection_failed", lost, "transient", wait)
+        case errors.MalformedReply():
+            return Failure("malformed_reply", lost if error.billed == "unknown" else "bad_output", "transient", wait)
+        case _:
+            return Failure("unavailable", lost, "transient", wait)
+
+
+def decide(failure: Failure, route_attempts: int, limit: int, *, more_routes: bool, luck: float) -> Decision:
+    """Says what happens next.
+
+    Args:
+        failure: what went wrong in the attempt just made.
+        route_attempts: attempts on this route so far, that one included.
+        limit: attempts allowed on a route.
+        more_routes: the fallback chain goes on.
+        luck: a random number from 0 to 1, for jitter.
+    """
+    match failure.trouble:
+        case "rate_limited" if route_attempts < limit * RATE_LIMITED_TRIES:
+            return SendAgain(backoff_s(1, luck))
+        case "transient" if route_attempts < limit:
+            return SendAgain(max(failure.retry_after_s or 0.0, backoff_s(route_attempts, luck)))
+        case _ if more_routes and failure.trouble != "request":
+            return TakeNextRoute()
+        case "run":
+            return StopRun(failure.reason or failure.code)
+        case _:
+            return GiveUp()
+
+
+def backoff_s(tries: int, luck: float) -> float:
+    """Seconds to wait after so many tries: doubling, capped, and spread over the upper half of the interval."""
+    full = min(BACKOFF_MOST_S, BACKOFF_FIRST_S * 2 ** (tries - 1))
+    return full * (0.5 + luck / 2)

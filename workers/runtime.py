@@ -1,0 +1,245 @@
+"""One worker process: an asyncio loop in a thread of its own, and everything that lives as long as the process.
+
+Celery's threads bring shards; each hands its coroutine to the loop and waits, so many shards overlap and a process keeps a
+thousand and more calls in flight. This module is the border between the two colours: what is synchronous calls `run`, and
+nothing else crosses.
+
+The heartbeat renews the worker's lease, learns which runs were paused or cancelled, and notices when the broker lost its
+data. When the process is told to stop, calls that are not sent yet stay for others, calls in flight may finish for a
+while, and what is then still held is put back.
+"""
+
+import asyncio
+import os
+import random
+import socket
+import threading
+from collections import Counter
+from collections.abc import Coroutine, Sequence
+from concurrent.futures import Future
+from typing import Any, TypeVar
+
+import structlog
+from celery import Celery
+from redis.asyncio import Redis
+from redis.exceptions import RedisError
+
+from orchestrator import __version__, broker
+from orchestrator.config import ConfigManager
+from orchestrator.database import Database, DatabaseUnavailable, fleet, work
+from orchestrator.errors import EnvironmentNotReady
+from orchestrator.files import FileManager
+from orchestrator.orchestration import WorkflowOrchestrator
+from orchestrator.reports.layouts import save_run
+from orchestrator.settings import LLMProviderConfig, Settings
+from providers.base import open_provider
+from providers.http import open_client
+from workers.client import Gate, LLMClient
+from workers.limiter import Limiter
+from workers.limits import PoolLimits
+from workers.prepared import PreparedRun, find_run
+from workers.reconciler import Reconciler
+from workers.shard import ask_shard
+from workers.writer import BatchWriter
+
+log = structlog.get_logger(__name__)
+T = TypeVar("T")
+
+
+class Runtime:
+    """Everything a worker process owns. Built once, by the first signal that Celery sends (`workers.tasks`).
+
+    Args:
+        config: the configuration of this machine.
+        app: the Celery application of this process.
+        queues: names of the queues this process listens on.
+    """
+
+    def __init__(self, config: ConfigManager, app: Celery, queues: Sequence[str]) -> None:
+        self._config = config
+        self._settings: Settings = config.settings
+        self.worker_id = f"{socket.gethostname()}:{os.getpid()}:{random.getrandbits(24):06x}"  # noqa: S311 - an id
+        self._queues = tuple(queues)
+        self._database = Database(self._settings.database_url)
+        self.orchestrator = WorkflowOrchestrator(self._database, app, self._save_results)
+        self._prepared: dict[int, PreparedRun] = {}
+        self._halted: set[int] = set()
+        self._at_work: Counter[int] = Counter()
+        self._shards: set[broker.ShardMessage] = set()
+        self._waits: Counter[str] = Counter()
+        self._draining = False
+        self._loop = asyncio.new_event_loop()
+        self._loop_thread = threading.Thread(target=self._loop.run_forever, name="calls", daemon=True)
+        self._beat: Future[None] | None = None
+        # Tasks that nobody holds may be collected before they have run.
+        self._pausing: set[asyncio.Task[None]] = set()
+
+    @property
+    def database(self) -> Database:
+        """Where runs live."""
+        return self._database
+
+    @property
+    def writer(self) -> BatchWriter:
+        """Where outcomes go."""
+        return self._writer
+
+    @property
+    def client(self) -> LLMClient:
+        """Who asks."""
+        return self._client
+
+    def start(self) -> None:
+        """Starts the loop, registers the worker and begins to beat.
+
+        Raises:
+            EnvironmentNotReady: database, broker or keys are not there.
+        """
+        self._loop_thread.start()
+        with self._database.transaction() as connection:
+            fleet.register(
+                connection, self.worker_id, ",".join(self._queues), __version__, self._settings.worker.lease_s
+            )
+        self._writer = BatchWriter(self._database, self._loop)
+        self.run(self._open())
+        self._beat = asyncio.run_coroutine_threadsafe(self._beat_for_ever(), self._loop)
+        log.info("worker.started", worker=self.worker_id, queues=list(self._queues))
+
+    def run(self, work_to_do: Coroutine[Any, Any, T]) -> T:
+        """Runs a coroutine on the loop and waits for it; called from Celery's threads."""
+        return asyncio.run_coroutine_threadsafe(work_to_do, self._loop).result()
+
+    def ask(self, message: broker.ShardMessage) -> None:
+        """Asks a shard and waits for its end; a second copy that arrives while the first is at work steps aside."""
+        self.run(self._ask(message))
+
+    def stop_claiming(self) -> None:
+        """Sends nothing more; what is in flight goes on."""
+        self._draining = True
+
+    def stop(self) -> None:
+        """Puts back what is still held and closes everything. Safe to call once only, after the shards are done or given up."""
+        self.stop_claiming()
+        if self._beat is not None:
+            self._beat.cancel()
+        self.run(self._close())
+        self._writer.stop()
+        with self._database.transaction() as connection:
+            freed = fleet.sign_off(connection, self.worker_id)
+        log.info("worker.stopped", worker=self.worker_id, put_back=freed.calls, unknown=freed.unknown)
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._loop_thread.join()
+        self._database.close()
+
+    async def wait_idle(self, seconds: float) -> bool:
+        """Waits until no call is in flight; False if there still is one after so many seconds."""
+        deadline = self._loop.time() + seconds
+        while self._shards and self._loop.time() < deadline:
+            await asyncio.sleep(0.05)
+        return not self._shards
+
+    async def prepared(self, run: int) -> PreparedRun:
+        """The compiled run; read once per process."""
+        if run not in self._prepared:
+            found = await asyncio.to_thread(self._find_run, run)
+            self._prepared.setdefault(run, found)
+        return self._prepared[run]
+
+    def may_go_on(self, run: int) -> bool:
+        """Whether calls of a run may be sent: this process is not stopping, and the run was not seen to have stopped."""
+        return not self._draining and run not in self._halted
+
+    async def _ask(self, message: broker.ShardMessage) -> None:
+        if message in self._shards or self._draining:
+            return
+        self._shards.add(message)
+        self._at_work[message.window] += 1
+        # A run that was stopped and resumed must not be judged by what we remember.
+        self._halted.discard(message.run)
+        try:
+            await ask_shard(self, message)
+        finally:
+            self._shards.discard(message)
+            self._at_work[message.window] -= 1
+            if not self._at_work[message.window]:
+                del self._at_work[message.window]
+
+    def _find_run(self, run: int) -> PreparedRun:
+        with self._database.snapshot() as connection:
+            return find_run(connection, run)
+
+    async def _open(self) -> None:
+        settings = self._settings
+        if settings.redis_url is None:
+            raise EnvironmentNotReady(())
+        self._redis = Redis.from_url(settings.redis_url, socket_timeout=10, socket_connect_timeout=5)
+        self._limiter = Limiter(self._redis, f"{settings.queue_prefix}limits:")
+        wanted = [name for name in settings.providers if broker.provider_queue(name) in self._queues]
+        self._gates = {name: self._gate(self._config.get_llm_config(name)) for name in wanted}
+        self._client = LLMClient(
+            self.worker_id, self._writer, self._limiter, self._gates, self.may_go_on, self._stop_run, self._note_wait
+        )
+        self._reconciler = Reconciler(self._database, self.orchestrator, self._redis, self.worker_id, settings)
+
+    def _gate(self, config: LLMProviderConfig) -> Gate:
+        key = config.api_keys[0] if config.api_keys else None
+        limits = PoolLimits(
+            rpm=config.rate_limit_rpm,
+            tpm=config.rate_limit_tpm,
+            concurrency=config.concurrency,
+            rpm_burst=config.burst,
+        )
+        return Gate(
+            provider=open_provider(config.provider_settings(key), open_client),
+            account="none" if key is None else key.fingerprint,
+            limits=limits,
+            slots=asyncio.Semaphore(self._settings.worker.concurrency),
+        )
+
+    async def _close(self) -> None:
+        await self._limiter.aclose()
+        await asyncio.gather(*(gate.provider.aclose() for gate in self._gates.values()))
+        await self._redis.aclose()
+
+    def _note_wait(self, reason: str) -> None:
+        self._waits[reason] += 1
+
+    def _stop_run(self, run: int, reason: str) -> None:
+        if run in self._halted:
+            return
+        self._halted.add(run)
+        log.warning("run.stopped", run=run, reason=reason)
+        task = self._loop.create_task(self._pause(run, reason))
+        self._pausing.add(task)
+        task.add_done_callback(self._pausing.discard)
+
+    async def _pause(self, run: int, reason: str) -> None:
+        await asyncio.to_thread(self.orchestrator.manage_state, run, "paused", reason, sources=("running",))
+
+    def _save_results(self, run: int) -> None:
+        save_run(self._database, FileManager(self._settings.home), run)
+
+    async def _beat_for_ever(self) -> None:
+        every = self._settings.worker.heartbeat_s
+        while True:
+            try:
+                await self._beat_once()
+            except (DatabaseUnavailable, RedisError, OSError) as error:
+                log.warning("heartbeat.failed", error=str(error))
+            await asyncio.sleep(every * random.uniform(0.9, 1.0))  # noqa: S311 - spreads the beats of many workers
+
+    async def _beat_once(self) -> None:
+        waits, self._waits = self._waits, Counter()
+        bound_by = waits.most_common(1)[0][0] if waits else ("provider" if self._client.in_flight else None)
+        stopped = await asyncio.to_thread(self._beat_in_database, self._client.in_flight, bound_by)
+        self._halted |= stopped
+        await self._reconciler.look(set(self._at_work))
+
+    def _beat_in_database(self, in_flight: int, bound_by: str | None) -> set[int]:
+        with self._database.transaction() as connection:
+            if not fleet.beat(connection, self.worker_id, in_flight, bound_by):
+                log.warning("worker.taken_for_dead", worker=self.worker_id)
+                fleet.register(
+                    connection, self.worker_id, ",".join(self._queues), __version__, self._settings.worker.lease_s
+                )
+            return work.runs_not_running(connection, {message.run for message in self._shards})

@@ -1,0 +1,83 @@
+"""The tasks: numbers in, None out. They never raise for the fault of a call and keep no result.
+
+Celery's signals bound the life of the process's `Runtime`: it is built before the first message is taken, and put
+away after the last one is done.
+"""
+
+import os
+import threading
+from typing import Any
+
+import structlog
+from celery import Celery
+from celery.signals import worker_init, worker_shutdown, worker_shutting_down
+
+from orchestrator import broker
+from orchestrator.config import ConfigManager
+from workers.runtime import Runtime
+
+log = structlog.get_logger(__name__)
+
+
+def register(app: Celery, config: ConfigManager) -> None:
+    """Registers the tasks on an application and ties the runtime to the worker's life."""
+    life = _Life(app, config)
+    # Bound methods count their self as an argument, so the check of the number of arguments is ours.
+    app.task(name=broker.ASK_SHARD, typing=False)(life.ask_shard)
+    app.task(name=broker.CLOSE_WINDOW, typing=False)(life.close_window)
+    worker_init.connect(life.begin, weak=False)
+    worker_shutting_down.connect(life.drain, weak=False)
+    worker_shutdown.connect(life.end, weak=False)
+
+
+class _Life:
+    """The runtime of this process, from the first signal to the last."""
+
+    def __init__(self, app: Celery, config: ConfigManager) -> None:
+        self._app = app
+        self._config = config
+        self._runtime: Runtime | None = None
+
+    def ask_shard(self, version: int, *numbers: Any) -> None:
+        """Task: ask one shard."""
+        if version != broker.MESSAGE_VERSION or self._runtime is None:
+            log.error("message.dropped", task=broker.ASK_SHARD, version=version)
+            return
+        self._runtime.ask(broker.ShardMessage(*numbers))
+
+    def close_window(self, version: int, window: int) -> None:
+        """Task: look at a window and do what comes next."""
+        if version != broker.MESSAGE_VERSION or self._runtime is None:
+            log.error("message.dropped", task=broker.CLOSE_WINDOW, version=version)
+            return
+        self._runtime.orchestrator.close_window(window)
+
+    def begin(self, sender: Any = None, **_: Any) -> None:
+        """Signal: the worker is about to start."""
+        queues = [str(name) for name in sender.app.amqp.queues.consume_from]
+        self._runtime = Runtime(self._config, self._app, queues)
+        self._runtime.start()
+
+    def drain(self, **_: Any) -> None:
+        """Signal: the worker was told to stop. What takes too long is ended, so that the shutdown has an end."""
+        if self._runtime is None:
+            return
+        self._runtime.stop_claiming()
+        grace_s = self._config.settings.worker.drain_s
+        threading.Thread(target=self._give_up_after, args=(grace_s,), name="drain", daemon=True).start()
+
+    def end(self, **_: Any) -> None:
+        """Signal: all tasks are done."""
+        if self._runtime is not None:
+            self._runtime.stop()
+            self._runtime = None
+
+    def _give_up_after(self, grace_s: float) -> None:
+        runtime = self._runtime
+        if runtime is None or runtime.run(runtime.wait_idle(grace_s)):
+            return
+        # Threads cannot be ended from outside. What they hold goes back, and the process leaves as it would after a crash,
+        # only in good order.
+        log.warning("worker.drain_timed_out", grace_s=grace_s)
+        runtime.stop()
+        os._exit(0)
