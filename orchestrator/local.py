@@ -153,7 +153,7 @@ class LocalEngine:
             }
         )
         with self._log_file.open("ab") as log:
-            return subprocess.Popen(  # noqa: S603 - our own programs, no shell
+            return subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL,
                 stdout=log,

@@ -16,14 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from celery import Celery
-from sqlalchemy import select
 
 from orchestrator import __version__, naming, planning, routing, validation
 from orchestrator.broker import make_app
 from orchestrator.config import ConfigManager
-from orchestrator.database import Database, intake, ledger, reports
+from orchestrator.database import Database, intake, ledger, reports, runs, work
 from orchestrator.database.runs import OPEN_RUN
-from orchestrator.database.tables import workflow_executions
 from orchestrator.errors import EnvironmentNotReady, InvalidInput, OrchestratorError, Problem, WorkflowError
 from orchestrator.estimating import Estimate, estimate
 from orchestrator.files import FileManager, PackFiles
@@ -37,7 +35,6 @@ NUSD = 1_000_000_000
 BATCH = 1000
 FIRST_WINDOW = 200
 """Items of the first window, so that the first calls leave while most items are still being read."""
-_runs = workflow_executions.c
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -254,7 +251,7 @@ class WorkflowManager:
         """
         run, run_id = self.find_run(name)
         with self._database.snapshot() as connection:
-            row = connection.execute(select(_runs.input_complete).where(_runs.id == run)).one()
+            row = work.run_row(connection, run)
         if not row.input_complete:
             raise OrchestratorError(
                 f"run {run_id} has not stored all its items; repeat its `run` command to continue it"
@@ -345,16 +342,10 @@ class WorkflowManager:
         return bool(used) and all(self._settings.providers[name].dialect == "simulator" for name in used)
 
     def _unfinished(self, identity: str) -> str | None:
-        query = (
-            select(_runs.run_id)
-            .where(_runs.identity == identity, _runs.status.in_(OPEN_RUN))
-            .order_by(_runs.id.desc())
-            .limit(1)
-        )
         if not self._database.is_prepared():
             return None
         with self._database.snapshot() as connection:
-            return connection.execute(query).scalar_one_or_none()
+            return runs.unfinished(connection, identity)
 
     def _create(self, plan: Plan) -> StartedRun:
         run_id = naming.new_run_id()
@@ -380,7 +371,7 @@ class WorkflowManager:
         self, orchestrator: WorkflowOrchestrator, run: int, plan: Plan, on_stored: Callable[[int], None]
     ) -> None:
         with self._database.snapshot() as connection:
-            row = connection.execute(select(_runs.items_total, _runs.input_complete).where(_runs.id == run)).one()
+            row = work.run_row(connection, run)
         if row.input_complete:
             return
         first = row.items_total

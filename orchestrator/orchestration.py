@@ -13,11 +13,9 @@ from typing import Any
 import structlog
 from celery import Celery
 from kombu.exceptions import OperationalError
-from sqlalchemy import Connection, Row, func, insert, select
 
 from orchestrator import broker, planning
-from orchestrator.database import Database, intake, reports, runs, work
-from orchestrator.database.tables import verdicts, windows, workflow_executions
+from orchestrator.database import Connection, Database, Row, intake, reports, runs, windows, work
 from orchestrator.judging.ranking import Scored, rank
 from orchestrator.planning import OpenCall, Segment
 from orchestrator.runspec import RunSpec
@@ -27,7 +25,6 @@ log = structlog.get_logger(__name__)
 
 IDLE_ROUND_S = 2.0
 """Pause before another round when the last one moved nothing: what it waits for takes at least that long."""
-_windows = windows.c
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,11 +92,11 @@ class WorkflowOrchestrator:
             run, row = found
             calls = runs.open_calls(connection, window)
             if not calls:
-                runs.close_window(connection, window)
+                windows.close_done(connection, window)
             elif due or self._moved(row, calls):
                 publications.append(self._next_round(connection, run, row, calls))
             else:
-                runs.wake_window_in(connection, window, _patience(calls))
+                windows.wake_in(connection, window, _patience(calls))
         self._publish(publications)
         if not publications:
             self.coordinate_steps(run.id)
@@ -126,16 +123,8 @@ class WorkflowOrchestrator:
         Returns:
             How many windows were published. Calls that are held by live workers are not asked twice.
         """
-        query = (
-            select(_windows.id)
-            .join(workflow_executions, workflow_executions.c.id == _windows.workflow_execution_id)
-            .where(_windows.status == "open", workflow_executions.c.status == "running")
-            .order_by(_windows.id)
-        )
-        if run is not None:
-            query = query.where(_windows.workflow_execution_id == run)
         with self._database.snapshot() as connection:
-            found = list(connection.execute(query).scalars())
+            found = windows.open_of_running_runs(connection, run)
         for window in found:
             self.close_window(window, due=True)
         if run is not None:
@@ -154,7 +143,7 @@ class WorkflowOrchestrator:
         match row.phase:
             case "items":
                 opened = self._fill_lanes(connection, row, spec, segments[row.segment])
-                if opened or not row.input_complete or self._unclosed(connection, row, None):
+                if opened or not row.input_complete or windows.has_unclosed(connection, row.id, row.segment):
                     return False, opened
                 runs.set_stage(connection, row.id, segment=row.segment, phase="reduce", reduce_index=0)
                 return True, []
@@ -164,25 +153,15 @@ class WorkflowOrchestrator:
                 return False, []
 
     def _fill_lanes(self, connection: Connection, row: Row[Any], spec: RunSpec, segment: Segment) -> list[Publication]:
-        of_segment = (_windows.workflow_execution_id == row.id) & (_windows.segment == segment.number)
-        at_work = connection.execute(
-            select(func.count()).where(_windows.workflow_execution_id == row.id, _windows.status == "open")
-        ).scalar_one()
-        query = (
-            select(windows)
-            .where(of_segment, _windows.status == "pending")
-            .order_by(_windows.number)
-            .limit(max(0, spec.lanes - at_work))
-        )
         return [
             self._open(connection, row, window, _item_calls(row.id, spec, segment, window))
-            for window in connection.execute(query).all()
+            for window in windows.next_for_lanes(connection, row.id, segment.number, spec.lanes)
         ]
 
     def _open(
         self, connection: Connection, run: Row[Any], window: Row[Any], calls: list[dict[str, Any]]
     ) -> Publication:
-        runs.open_window(connection, window.id, calls)
+        windows.open_pending(connection, window.id, calls)
         return self._next_round(connection, run, window, runs.open_calls(connection, window.id))
 
     def _next_round(
@@ -192,17 +171,8 @@ class WorkflowOrchestrator:
         segment = planning.segments(spec.workflow)[window.segment]
         wanted = [OpenCall(call.prompt_name, call.item_ordinal, call.llm_provider) for call in calls]
         size = planning.shard_size_for(len(wanted), spec.shard_size)
-        number = runs.note_published(connection, window.id)
+        number = windows.note_published(connection, window.id)
         return Publication(run.id, window.id, number, planning.canvas(segment, wanted, size))
-
-    def _unclosed(self, connection: Connection, row: Row[Any], step: str | None) -> bool:
-        query = select(func.count()).where(
-            _windows.workflow_execution_id == row.id,
-            _windows.segment == row.segment,
-            _windows.status != "closed",
-            _windows.step.is_(None) if step is None else _windows.step == step,
-        )
-        return connection.execute(query).scalar_one() > 0
 
     def _reduce(
         self, connection: Connection, row: Row[Any], spec: RunSpec, segments: Sequence[Segment]
@@ -215,13 +185,7 @@ class WorkflowOrchestrator:
         if not step.asks():
             self._rank(connection, row, spec, step)
         else:
-            window = connection.execute(
-                select(windows).where(
-                    _windows.workflow_execution_id == row.id,
-                    _windows.segment == row.segment,
-                    _windows.step == step.name,
-                )
-            ).one_or_none()
+            window = windows.find_reduce(connection, row.id, row.segment, step.name)
             if window is None:
                 return False, [self._ask_reduce(connection, row, spec, step)]
             if window.status != "closed":
@@ -241,7 +205,9 @@ class WorkflowOrchestrator:
 
     def _ask_reduce(self, connection: Connection, row: Row[Any], spec: RunSpec, step: Step) -> Publication:
         (window_id,) = intake.add_windows(connection, row.id, row.segment, [(-1, -1)], step.name)
-        window = connection.execute(select(windows).where(_windows.id == window_id)).one()
+        window = windows.find(connection, window_id)
+        if window is None:
+            raise LookupError(f"window {window_id} does not exist")
         return self._open(connection, row, window, [_call_row(row.id, spec, step, -1, 0)])
 
     def _rank(self, connection: Connection, row: Row[Any], spec: RunSpec, step: Step) -> None:
@@ -254,23 +220,16 @@ class WorkflowOrchestrator:
             for ordinal, key, values in work.completed_answers(connection, row.id, reduce.step)
         )
         ranked = rank(scored, reduce.weights or {}, reduce.tie_break)
-        rows = [
-            {"position": one.position, "item_ordinal": one.ordinal, "rank": one.rank, "score": one.score}
-            for one in ranked
-        ]
-        statement = insert(verdicts).values(workflow_execution_id=row.id, step=step.name)
-        for start in range(0, len(rows), 1000):
-            connection.execute(statement, rows[start : start + 1000])
+        work.save_ranking(connection, row.id, step.name, ((one.ordinal, one.rank, one.score) for one in ranked))
 
     def _open_window(self, connection: Connection, window: int) -> tuple[Row[Any], Row[Any]] | None:
-        found = connection.execute(
-            select(_windows.workflow_execution_id).where(_windows.id == window)
-        ).scalar_one_or_none()
+        found = windows.find(connection, window)
         if found is None:
             return None
-        run = runs.lock_run(connection, found)
-        row = connection.execute(select(windows).where(_windows.id == window)).one()
-        return (run, row) if run.status == "running" and row.status == "open" else None
+        run = runs.lock_run(connection, found.workflow_execution_id)
+        # Read again under the lock: somebody may have closed it meanwhile.
+        row = windows.find(connection, window)
+        return (run, row) if row is not None and run.status == "running" and row.status == "open" else None
 
     def _moved(self, window: Row[Any], calls: Sequence[Row[Any]]) -> bool:
         """Whether another round at once makes sense: calls were settled since the last one, and some can be claimed."""

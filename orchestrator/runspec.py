@@ -12,7 +12,6 @@ from hashlib import sha256
 from typing import Any
 
 from orchestrator import planning
-from orchestrator.planning import segments
 from orchestrator.workflow import WORKFLOW_FILE, Workflow, read_workflow
 from providers.pricing import Price
 
@@ -66,7 +65,6 @@ class RunSpec:
         return json.dumps(
             {
                 "spec_version": SPEC_VERSION,
-                "steps": _steps_to_json(self.workflow),
                 "steps": [
                     _step_to_json(self.workflow, segment, name)
                     for segment in planning.segments(self.workflow)
@@ -133,23 +131,6 @@ def _step_to_json(workflow: Workflow, segment: planning.Segment, name: str) -> d
         "calls": step.repeats if step.asks() else 0,
         "top": step.reduce.top if step.reduce else None,
     }
-
-
-def _steps_to_json(workflow: Workflow) -> list[dict[str, Any]]:
-    """What reports need to know of the steps, so that they need not read the declaration: in order of work."""
-    place = {
-        name: segment.number for segment in segments(workflow) for name in (*segment.item_steps(), *segment.reduces)
-    }
-    return [
-        {
-            "name": step.name,
-            "kind": step.kind,
-            "segment": place[step.name],
-            "calls": step.repeats if step.asks() else 0,
-            "reduce": None if step.reduce is None else step.reduce.model_dump(mode="json"),
-        }
-        for step in workflow.ordered_steps
-    ]
 
 
 def _route_to_json(route: Route) -> dict[str, Any]:

@@ -156,7 +156,7 @@ class LLMClient:
             A permit; a refusal when the wait is long or the request can never fit; None when the run stopped meanwhile.
         """
         costs = {"rpm": 1, "tpm": tokens}
-        permit_id = f"{self._worker}:{job.call.id}:{random.getrandbits(32):x}"  # noqa: S311 - an id, not a secret
+        permit_id = f"{self._worker}:{job.call.id}:{random.getrandbits(32):x}"
         lease_s = job.kit.step.timeout_s + LEASE_SLACK_S
         while self._may_go_on(job.run.number):
             try:
@@ -284,7 +284,7 @@ class LLMClient:
             provider=route.provider,
             model=route.model,
             worker=self._worker,
-            token=random.getrandbits(62),  # noqa: S311 - tells claims apart, guards nothing
+            token=random.getrandbits(62),
             worst_nusd=worst,
             budget_ids=job.run.budget_ids,
             price_source="none" if route.price is None else route.price.source,
@@ -394,7 +394,7 @@ class LLMClient:
         """Does what `workers.retry` decides after an attempt without an answer."""
         more = asking.route_index + 1 < len(job.kit.routes)
         tries = asking.route_attempts + 1
-        luck = random.random()  # noqa: S311 - jitter
+        luck = random.random()
         decision = retry.decide(failure, tries, job.kit.step.retry.attempts, more_routes=more, luck=luck)
         told = (failure.code, booked.error_message)
         match decision:

@@ -218,7 +218,7 @@ class Limiter:
             LimiterUnavailable: Redis did not answer; this process still keeps to it.
         """
         state = self._state(pool)
-        wait_s = retry_after_s * random.uniform(1.0, 1.1)  # noqa: S311 - spreads a herd, keeps no secret
+        wait_s = retry_after_s * random.uniform(1.0, 1.1)
         self._learn_not_before(state, self._bucket.clock.remote_us(self._now() + wait_s))
         state.not_before_at = max(state.not_before_at, self._now() + wait_s)
         self._learn_not_before(state, await self._bucket.penalise(pool, wait_s, state.ttl_s + wait_s, self._now))
@@ -323,7 +323,7 @@ class Limiter:
             return
         if answer.granted or state.blocked_since is None or answer.reason == "concurrency":
             state.blocked_since = now
-        state.refusal = Refused(answer.wait_s or random.uniform(*CONCURRENCY_POLL_S), answer.reason)  # noqa: S311
+        state.refusal = Refused(answer.wait_s or random.uniform(*CONCURRENCY_POLL_S), answer.reason)
         self._refuse_hopeless(state, now + answer.wait_s)
 
     def _permit(self, pool: Pool, waiting: _Waiting, send_us: int, why: str) -> Permit:
@@ -344,11 +344,11 @@ class Limiter:
             await asyncio.sleep(LINGER_S)
             return
         if answer.reason == "concurrency":
-            delay_s = random.uniform(*CONCURRENCY_POLL_S)  # noqa: S311 - keeps processes apart
+            delay_s = random.uniform(*CONCURRENCY_POLL_S)
         else:
             # Room for several more permits gathers while the reserved ones are still ahead of us.
             horizon_s = batch[0].horizon_s
-            delay_s = max(0.0, answer.wait_s - horizon_s) + horizon_s * random.uniform(0.05, 0.25)  # noqa: S311
+            delay_s = max(0.0, answer.wait_s - horizon_s) + horizon_s * random.uniform(0.05, 0.25)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(min(delay_s, MAX_RECHECK_S)):
                 await state.wake.wait()

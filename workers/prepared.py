@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from hashlib import sha256
 from typing import Any
 
-from orchestrator.database import ledger, work
+from orchestrator.database import Connection, ledger, work
 from orchestrator.planning import needed_answers, segments
 from orchestrator.results import ResultProcessor, aggregate_results, answer_schema
 from orchestrator.runspec import Route, RunSpec
@@ -143,7 +143,7 @@ def cache_key(kit: StepKit, route: Route, prompt: Prompt, repeat: int) -> str:
     return sha256(json.dumps(shaping, sort_keys=True).encode()).hexdigest()
 
 
-def find_run(connection: Any, number: int) -> PreparedRun:
+def find_run(connection: Connection, number: int) -> PreparedRun:
     """Reads and compiles a run.
 
     Raises:

@@ -13,11 +13,9 @@ from collections.abc import Iterable
 
 import structlog
 from redis.asyncio import Redis
-from sqlalchemy import select
 
 from orchestrator import broker
-from orchestrator.database import Database, fleet, runs
-from orchestrator.database.tables import windows, workflow_executions
+from orchestrator.database import Database, fleet, runs, windows
 from orchestrator.orchestration import WorkflowOrchestrator
 from orchestrator.settings import Settings
 
@@ -62,7 +60,7 @@ class Reconciler:
 
     def _repair(self, at_work: set[int], queued: int, broker_forgot: bool) -> None:
         with self._database.transaction() as connection:
-            runs.note_progress(connection, at_work)
+            windows.note_progress(connection, at_work)
             mine = fleet.take_lock(connection, LOCK, self._owner, self._lock_s)
         if broker_forgot:
             # Whoever set the marker acts, lock or no lock: nobody else will learn of the loss.
@@ -77,18 +75,9 @@ class Reconciler:
             log.warning("worker.lost", workers=freed.workers, calls_freed=freed.calls, attempts_unknown=freed.unknown)
         silent_s = SILENT_BEHIND_QUEUE_S if queued else SILENT_S
         with self._database.snapshot() as connection:
-            due = runs.windows_to_wake(connection, silent_s)
-            idle = _runs_without_open_windows(connection)
+            due = windows.due_or_silent(connection, silent_s)
+            idle = runs.idle_runs(connection)
         for window in due:
             self._orchestrator.close_window(window.id, due=True)
         for run in idle:
             self._orchestrator.coordinate_steps(run)
-
-
-def _runs_without_open_windows(connection) -> list[int]:
-    """Running runs that nobody works on: a process died between deciding and publishing."""
-    at_work = select(windows.c.workflow_execution_id).where(windows.c.status == "open")
-    query = select(workflow_executions.c.id).where(
-        workflow_executions.c.status == "running", workflow_executions.c.id.not_in(at_work)
-    )
-    return list(connection.execute(query).scalars())

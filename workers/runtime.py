@@ -26,7 +26,7 @@ from redis.exceptions import RedisError
 
 from orchestrator import __version__, broker
 from orchestrator.config import ConfigManager
-from orchestrator.database import Database, DatabaseUnavailable, fleet, work
+from orchestrator.database import Database, DatabaseUnavailable, fleet, runs
 from orchestrator.errors import EnvironmentNotReady
 from orchestrator.files import FileManager
 from orchestrator.orchestration import WorkflowOrchestrator
@@ -58,7 +58,7 @@ class Runtime:
     def __init__(self, config: ConfigManager, app: Celery, queues: Sequence[str]) -> None:
         self._config = config
         self._settings: Settings = config.settings
-        self.worker_id = f"{socket.gethostname()}:{os.getpid()}:{random.getrandbits(24):06x}"  # noqa: S311 - an id
+        self.worker_id = f"{socket.gethostname()}:{os.getpid()}:{random.getrandbits(24):06x}"
         self._queues = tuple(queues)
         self._database = Database(self._settings.database_url)
         self.orchestrator = WorkflowOrchestrator(self._database, app, self._save_results)
@@ -226,7 +226,7 @@ class Runtime:
                 await self._beat_once()
             except (DatabaseUnavailable, RedisError, OSError) as error:
                 log.warning("heartbeat.failed", error=str(error))
-            await asyncio.sleep(every * random.uniform(0.9, 1.0))  # noqa: S311 - spreads the beats of many workers
+            await asyncio.sleep(every * random.uniform(0.9, 1.0))
 
     async def _beat_once(self) -> None:
         waits, self._waits = self._waits, Counter()
@@ -242,4 +242,4 @@ class Runtime:
                 fleet.register(
                     connection, self.worker_id, ",".join(self._queues), __version__, self._settings.worker.lease_s
                 )
-            return work.runs_not_running(connection, {message.run for message in self._shards})
+            return runs.runs_not_running(connection, {message.run for message in self._shards})

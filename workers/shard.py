@@ -12,11 +12,10 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import structlog
-from sqlalchemy import Connection
 
 from orchestrator import context
 from orchestrator.broker import ShardMessage
-from orchestrator.database import Database, batches, cache, work
+from orchestrator.database import Connection, Database, batches, cache, work
 from orchestrator.database.runs import CallEnd, CallText
 from orchestrator.database.work import PendingCall, StepAnswers
 from prompts.errors import PromptError

@@ -5,7 +5,7 @@
 | module | holds |
 |---|---|
 | `tables` | every table |
-| `runs` | life of run, window and call: the only writer of a status |
+| `runs`, `windows` | life of run, call and window: the only writers of a status |
 | `ledger` | attempts, reservations, budgets, settlements: the only writer of money |
 | `batches` | claim and settlement of many calls in one transaction |
 | `intake`, `work` | what a producer writes, what a shard reads |
@@ -17,14 +17,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from sqlalchemy import Connection, Engine, text
+from sqlalchemy import Connection, Engine, Row, text
 from sqlalchemy.exc import DBAPIError
 
 from orchestrator.database import batches, cache, intake, ledger, migrate
 from orchestrator.database.cache import CacheEntry
 from orchestrator.database.engine import open_engine, parse_url, reading, writing
 
-__all__ = ["CacheEntry", "Database", "DatabaseUnavailable", "SchemaOutdated"]
+__all__ = ["CacheEntry", "Connection", "Database", "DatabaseUnavailable", "Row", "SchemaOutdated"]
 
 DatabaseUnavailable = DBAPIError
 """What a transaction raises when the database cannot be reached or refuses; repeated by `workers.writer` alone."""

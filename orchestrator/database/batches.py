@@ -13,7 +13,7 @@ from typing import Any
 
 from sqlalchemy import Connection, Row, select
 
-from orchestrator.database import cache, ledger, runs
+from orchestrator.database import cache, ledger, runs, windows
 from orchestrator.database.tables import llm_usage
 
 OpenAttempts = dict[tuple[int, int], Row[Any]]
@@ -209,7 +209,7 @@ def settle(connection: Connection, settlements: Sequence[Settlement]) -> list[bo
             ends.append((one.call, one.end, one.text, used.input_tokens, used.output_tokens, used.cost_nusd))
     ledger.settle(connection, booked)
     runs.end_calls(connection, ends)
-    runs.note_progress(connection, (rows[end[0]].window_id for end in ends))
+    windows.note_progress(connection, (rows[end[0]].window_id for end in ends))
     cache.store(connection, [one.keep for one, mine in zip(settlements, answers, strict=True) if mine and one.keep])
     return answers
 
@@ -238,7 +238,7 @@ def close(connection: Connection, closings: Sequence[Closing]) -> list[bool]:
     answers = [one.call in rows and _is_as_said(one, rows[one.call]) for one in closings]
     ended = [one for one, mine in zip(closings, answers, strict=True) if mine]
     runs.end_calls(connection, [(one.call, one.end, one.text, 0, 0, 0) for one in ended])
-    runs.note_progress(connection, (rows[one.call].window_id for one in ended))
+    windows.note_progress(connection, (rows[one.call].window_id for one in ended))
     return answers
 
 

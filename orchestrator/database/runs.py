@@ -1,4 +1,4 @@
-"""The life of a run, of its windows and of its calls: the only writer of their statuses.
+"""The life of a run and of its calls: the only writer of their statuses. Windows have a module of their own.
 
 Every move is one conditional UPDATE: it names the state it starts from, and a move that finds another state changes
 nothing. A call that is `running` is held by one worker under one fence; a write that carries an older fence finds
@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from sqlalchemy import Connection, Row, and_, bindparam, case, exists, func, insert, null, or_, select, update
+from sqlalchemy import Connection, Row, bindparam, case, func, null, select, update
 
 from orchestrator.database.engine import now
 from orchestrator.database.tables import prompt_executions, windows, workflow_executions
@@ -97,79 +97,6 @@ def set_stage(connection: Connection, run: int, *, segment: int, phase: str, red
     """Notes how far a locked run is."""
     statement = update(workflow_executions).where(_runs.id == run)
     connection.execute(statement.values(segment=segment, phase=phase, reduce_index=reduce_index))
-
-
-def open_window(connection: Connection, window: int, calls: Sequence[dict[str, Any]]) -> None:
-    """Opens a pending window and writes its calls. The calls exist once, however often this is tried."""
-    moved = connection.execute(
-        update(windows).where(windows.c.id == window, windows.c.status == "pending").values(status="open")
-    )
-    if moved.rowcount == 1 and calls:
-        connection.execute(insert(prompt_executions).values(status="pending", window_id=window), calls)
-
-
-def note_published(connection: Connection, window: int) -> int:
-    """Counts a round of an open window; returns its number, from 1."""
-    statement = (
-        update(windows)
-        .where(windows.c.id == window)
-        .values(round=windows.c.round + 1, published_at=now(connection), wake_at=None)
-        .returning(windows.c.round)
-    )
-    return connection.execute(statement).scalar_one()
-
-
-def wake_window_in(connection: Connection, window: int, seconds: float) -> None:
-    """Asks for another round of an open window after some seconds."""
-    statement = update(windows).where(windows.c.id == window, windows.c.status == "open")
-    connection.execute(statement.values(wake_at=now(connection) + seconds))
-
-
-def close_window(connection: Connection, window: int) -> bool:
-    """Closes an open window without open calls and counts it; False if it was not open any more."""
-    moved = connection.execute(
-        update(windows)
-        .where(windows.c.id == window, windows.c.status == "open")
-        .values(status="closed", wake_at=None, **_counts(window))
-    )
-    return moved.rowcount == 1
-
-
-def _counts(window: int) -> dict[str, Any]:
-    of_window = _calls.window_id == window
-    counted: dict[str, Any] = {
-        status: select(func.count()).where(of_window, _calls.status == status).scalar_subquery()
-        for status in ("completed", "failed", "skipped", "cancelled")
-    }
-    failed = select(func.count(func.distinct(_calls.item_ordinal))).where(
-        of_window, _calls.item_ordinal >= 0, _calls.status == "failed"
-    )
-    asked = prompt_executions.alias()
-    untouched = select(func.count(func.distinct(_calls.item_ordinal))).where(
-        of_window,
-        _calls.item_ordinal >= 0,
-        _calls.status == "skipped",
-        ~exists().where(
-            asked.c.window_id == window,
-            asked.c.item_ordinal == _calls.item_ordinal,
-            asked.c.status != "skipped",
-        ),
-    )
-    return counted | {"items_failed": failed.scalar_subquery(), "items_skipped": untouched.scalar_subquery()}
-
-
-def reopen_window(connection: Connection, window: int) -> None:
-    """Opens a closed window again, because calls in it are to be asked again."""
-    connection.execute(
-        update(windows).where(windows.c.id == window, windows.c.status == "closed").values(status="open")
-    )
-
-
-def note_progress(connection: Connection, window_ids: Iterable[int]) -> None:
-    """Notes that calls of these windows were settled just now."""
-    ids = sorted(set(window_ids))
-    if ids:
-        connection.execute(update(windows).where(windows.c.id.in_(ids)).values(progress_at=now(connection)))
 
 
 def lock_calls(connection: Connection, ids: Iterable[int]) -> dict[int, Row[Any]]:
@@ -355,22 +282,21 @@ def open_calls(connection: Connection, window: int) -> list[Row[Any]]:
     return list(connection.execute(query))
 
 
-def windows_to_wake(connection: Connection, silent_s: float) -> list[Row[Any]]:
-    """Open windows of running runs that are due, or silent for too long: columns id, run.
+def idle_runs(connection: Connection) -> list[int]:
+    """Running runs without an open window: a process died between deciding and publishing, or is about to publish."""
+    at_work = select(windows.c.workflow_execution_id).where(windows.c.status == "open")
+    query = select(_runs.id).where(_runs.status == "running", _runs.id.not_in(at_work))
+    return list(connection.execute(query).scalars())
 
-    A window is silent when nothing of it was published or settled for `silent_s` seconds and none of its calls is held.
-    """
-    clock = now(connection)
-    quiet = and_(
-        windows.c.wake_at.is_(None),
-        func.coalesce(windows.c.progress_at, 0) < clock - silent_s,
-        func.coalesce(windows.c.published_at, 0) < clock - silent_s,
-        ~exists().where(_calls.window_id == windows.c.id, _calls.status == "running"),
-    )
-    query = (
-        select(windows.c.id, windows.c.workflow_execution_id.label("run"))
-        .join(workflow_executions, _runs.id == windows.c.workflow_execution_id)
-        .where(_runs.status == "running", windows.c.status == "open", or_(windows.c.wake_at <= clock, quiet))
-        .order_by(windows.c.id)
-    )
-    return list(connection.execute(query))
+
+def runs_not_running(connection: Connection, numbers: Iterable[int]) -> set[int]:
+    """Those of some runs that were paused, cancelled, ended or deleted: their calls must not be sent any more."""
+    wanted = set(numbers)
+    query = select(_runs.id).where(_runs.id.in_(wanted), _runs.status == "running")
+    return wanted - set(connection.execute(query).scalars())
+
+
+def unfinished(connection: Connection, identity: str) -> str | None:
+    """Id of the newest run of an identity that has not ended; None if there is none."""
+    query = select(_runs.run_id).where(_runs.identity == identity, _runs.status.in_(OPEN_RUN))
+    return connection.execute(query.order_by(_runs.id.desc()).limit(1)).scalar_one_or_none()

@@ -1,4 +1,4 @@
-"""What a shard needs before it can ask: its calls, their items, and the earlier answers. Read only.
+"""What a shard needs before it can ask: its calls, their items, and the earlier answers.
 
 Every function reads one range of ordinals of one run with a query that follows an index, so its cost depends on the size of the
 shard and not on the size of the run.
@@ -7,9 +7,10 @@ shard and not on the size of the run.
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
-from sqlalchemy import Connection, Row, func, or_, select
+from sqlalchemy import Connection, Row, func, insert, or_, select
 
 from orchestrator.database.engine import now
 from orchestrator.database.tables import items, prompt_executions, verdicts, windows, workflow_executions
@@ -176,6 +177,17 @@ def reduce_totals(connection: Connection, run: int, segment: int, ranking: str |
     }
 
 
+def save_ranking(connection: Connection, run: int, step: str, places: Iterable[tuple[int, int, float]]) -> None:
+    """Writes a ranking as (ordinal, rank, score), best first. A step is ranked once."""
+    statement = insert(verdicts).values(workflow_execution_id=run, step=step)
+    rows = (
+        {"position": position, "item_ordinal": ordinal, "rank": rank, "score": score}
+        for position, (ordinal, rank, score) in enumerate(places)
+    )
+    while batch := list(islice(rows, 1000)):
+        connection.execute(statement, batch)
+
+
 def completed_answers(connection: Connection, run: int, step: str) -> Iterator[tuple[int, str, list[Any]]]:
     """All completed answers of an item step as (ordinal, item key, answers by repeat), streamed in the order of items."""
     query = (
@@ -210,12 +222,3 @@ def run_row(connection: Connection, run: int) -> Row[Any]:
     if row is None:
         raise LookupError(f"run {run} does not exist")
     return row
-
-
-def runs_not_running(connection: Connection, runs: Iterable[int]) -> set[int]:
-    """Those of some runs that were paused, cancelled, ended or deleted: their calls must not be sent any more."""
-    wanted = set(runs)
-    query = select(workflow_executions.c.id).where(
-        workflow_executions.c.id.in_(wanted), workflow_executions.c.status == "running"
-    )
-    return wanted - set(connection.execute(query).scalars())

@@ -1,0 +1,161 @@
+"""Windows: the slices of a run in which calls are published, and the only writer of their status.
+
+A window is `pending` until a lane is free for it, `open` while its calls are asked, and `closed` when all of them have ended; then
+its counters say what they came to, so that a report adds up windows and not calls.
+
+All functions work inside the caller's transaction.
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from sqlalchemy import Connection, Row, and_, exists, func, insert, or_, select, update
+
+from orchestrator.database.engine import now
+from orchestrator.database.tables import prompt_executions, windows, workflow_executions
+
+_calls = prompt_executions.c
+_windows = windows.c
+_runs = workflow_executions.c
+
+
+def find(connection: Connection, window: int) -> Row[Any] | None:
+    """A window's row; None if it was deleted."""
+    return connection.execute(select(windows).where(_windows.id == window)).one_or_none()
+
+
+def find_reduce(connection: Connection, run: int, segment: int, step: str) -> Row[Any] | None:
+    """The window of a reduce step; None while it was not asked."""
+    query = select(windows).where(
+        _windows.workflow_execution_id == run, _windows.segment == segment, _windows.step == step
+    )
+    return connection.execute(query).one_or_none()
+
+
+def next_for_lanes(connection: Connection, run: int, segment: int, lanes: int) -> list[Row[Any]]:
+    """Pending windows of a segment that may be opened now: as many as lanes are free."""
+    own = _windows.workflow_execution_id == run
+    at_work = connection.execute(select(func.count()).where(own, _windows.status == "open")).scalar_one()
+    query = (
+        select(windows)
+        .where(own, _windows.segment == segment, _windows.status == "pending")
+        .order_by(_windows.number)
+        .limit(max(0, lanes - at_work))
+    )
+    return list(connection.execute(query))
+
+
+def has_unclosed(connection: Connection, run: int, segment: int) -> bool:
+    """Whether windows of items of a segment are not closed yet."""
+    query = select(func.count()).where(
+        _windows.workflow_execution_id == run,
+        _windows.segment == segment,
+        _windows.step.is_(None),
+        _windows.status != "closed",
+    )
+    return connection.execute(query).scalar_one() > 0
+
+
+def open_of_running_runs(connection: Connection, run: int | None = None) -> list[int]:
+    """Open windows of running runs, or of one of them, in the order in which they came."""
+    query = (
+        select(_windows.id)
+        .join(workflow_executions, _runs.id == _windows.workflow_execution_id)
+        .where(_windows.status == "open", _runs.status == "running")
+        .order_by(_windows.id)
+    )
+    if run is not None:
+        query = query.where(_windows.workflow_execution_id == run)
+    return list(connection.execute(query).scalars())
+
+
+def open_pending(connection: Connection, window: int, calls: Sequence[dict[str, Any]]) -> None:
+    """Opens a pending window and writes its calls. The calls exist once, however often this is tried."""
+    moved = connection.execute(
+        update(windows).where(_windows.id == window, _windows.status == "pending").values(status="open")
+    )
+    if moved.rowcount == 1 and calls:
+        connection.execute(insert(prompt_executions).values(status="pending", window_id=window), calls)
+
+
+def note_published(connection: Connection, window: int) -> int:
+    """Counts a round of an open window; returns its number, from 1."""
+    statement = (
+        update(windows)
+        .where(_windows.id == window)
+        .values(round=_windows.round + 1, published_at=now(connection), wake_at=None)
+        .returning(_windows.round)
+    )
+    return connection.execute(statement).scalar_one()
+
+
+def wake_in(connection: Connection, window: int, seconds: float) -> None:
+    """Asks for another round of an open window after some seconds."""
+    statement = update(windows).where(_windows.id == window, _windows.status == "open")
+    connection.execute(statement.values(wake_at=now(connection) + seconds))
+
+
+def close_done(connection: Connection, window: int) -> bool:
+    """Closes an open window without open calls and counts it; False if it was not open any more."""
+    moved = connection.execute(
+        update(windows)
+        .where(_windows.id == window, _windows.status == "open")
+        .values(status="closed", wake_at=None, **_counts(window))
+    )
+    return moved.rowcount == 1
+
+
+def _counts(window: int) -> dict[str, Any]:
+    of_window = _calls.window_id == window
+    counted: dict[str, Any] = {
+        status: select(func.count()).where(of_window, _calls.status == status).scalar_subquery()
+        for status in ("completed", "failed", "skipped", "cancelled")
+    }
+    failed = select(func.count(func.distinct(_calls.item_ordinal))).where(
+        of_window, _calls.item_ordinal >= 0, _calls.status == "failed"
+    )
+    asked = prompt_executions.alias()
+    untouched = select(func.count(func.distinct(_calls.item_ordinal))).where(
+        of_window,
+        _calls.item_ordinal >= 0,
+        _calls.status == "skipped",
+        ~exists().where(
+            asked.c.window_id == window,
+            asked.c.item_ordinal == _calls.item_ordinal,
+            asked.c.status != "skipped",
+        ),
+    )
+    return counted | {"items_failed": failed.scalar_subquery(), "items_skipped": untouched.scalar_subquery()}
+
+
+def reopen(connection: Connection, window: int) -> None:
+    """Opens a closed window again, because calls in it are to be asked again."""
+    connection.execute(update(windows).where(_windows.id == window, _windows.status == "closed").values(status="open"))
+
+
+def note_progress(connection: Connection, window_ids: Iterable[int]) -> None:
+    """Notes that calls of these windows were settled just now."""
+    ids = sorted(set(window_ids))
+    if ids:
+        connection.execute(update(windows).where(_windows.id.in_(ids)).values(progress_at=now(connection)))
+
+
+def due_or_silent(connection: Connection, silent_s: float) -> list[Row[Any]]:
+    """Open windows of running runs that are due, or silent for too long: columns id, run.
+
+    A window is silent when nothing of it was published or settled for `silent_s` seconds and none of its calls is held.
+    """
+    clock = now(connection)
+    quiet = and_(
+        _windows.wake_at.is_(None),
+        func.coalesce(_windows.progress_at, 0) < clock - silent_s,
+        func.coalesce(_windows.published_at, 0) < clock - silent_s,
+        ~exists().where(_calls.window_id == _windows.id, _calls.status == "running"),
+    )
+    query = (
+        select(_windows.id, _windows.workflow_execution_id.label("run"))
+        .join(workflow_executions, _runs.id == _windows.workflow_execution_id)
+        .where(_runs.status == "running", _windows.status == "open", or_(_windows.wake_at <= clock, quiet))
+        .order_by(_windows.id)
+    )
+    return list(connection.execute(query))
