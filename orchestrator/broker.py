@@ -58,8 +58,8 @@ class ShardMessage:
 class LeanBackend(RedisBackend):
     """Chord counters without subscriptions.
 
-    The stock backend subscribes to one channel per header task when a chord is published, although nobody here waits for
-    a result: thousands of subscriptions in the producer, and memory that grows with the run.
+    The stock backend subscribes to one channel per header task when a chord is published, although nobody here waits
+    for a result: thousands of subscriptions in the producer, and memory that grows with the run.
     """
 
     def add_pending_result(self, result: Any, weak: bool = False, start_drainer: bool = True) -> Any:

@@ -83,7 +83,7 @@ class ConfigManager:
         self._config_file = config_file
         self._env_files = tuple(env_files)
         self._cwd = cwd or Path.cwd()
-        self._environ = os.environ if environ is None else environ
+        self._environ = os.environ if environ is None else environ  # noqa: TID251 - the one reader of the environment
         self._user_config = user_config or platformdirs.user_config_path("llm-orchestrator") / "config.toml"
         self._loaded = self._load()
 

@@ -1,7 +1,8 @@
 """Pure: what a run will probably cost, and what it can cost at worst, before anything is spent.
 
-The prompts of the sample items are measured with the templates as they are. The likely cost assumes that every step is asked for
-every item and that answers fill a third of their cap; the worst cost assumes full caps and byte-level upper bounds of input.
+The prompts of the sample items are measured with the templates as they are. The likely cost assumes that every step
+is asked for every item and that answers fill a third of their cap; the worst cost assumes full caps and byte-level
+upper bounds of input.
 """
 
 from collections.abc import Mapping, Sequence
@@ -52,7 +53,7 @@ def estimate(workflow: Workflow, spec: RunSpec, summary: ItemsSummary) -> Estima
             continue
         calls = summary.count * step.repeats if step.kind == "item" else 1
         route = spec.routes[step.name][0]
-        told, upper = _input(step, spec, summary.examples)
+        told, upper = _input(step, spec, summary.examples, summary.count)
         answered = max(1, round(route.max_output_tokens * LIKELY_SHARE_OF_CAP))
         price = route.price or FREE
         rows.append(
@@ -72,11 +73,12 @@ def estimate(workflow: Workflow, spec: RunSpec, summary: ItemsSummary) -> Estima
     )
 
 
-def _input(step: Step, spec: RunSpec, examples: Sequence[Mapping[str, Any]]) -> tuple[int, int]:
+def _input(step: Step, spec: RunSpec, examples: Sequence[Mapping[str, Any]], items: int) -> tuple[int, int]:
     """Likely and greatest number of input tokens of one call, from the template's text and the mean sample item."""
     template = sum(len(text) for name, text in spec.pack_files.items() if name == step.prompt)
-    seen = examples if step.kind == "item" else examples * 4
-    item = sum(len(str(example)) for example in seen) // max(1, len(examples) if step.kind == "item" else 1)
-    text = (Message("user", "word " * ((template + item) // 5)),)
+    per_item = sum(len(str(dict(example))) for example in examples) // max(1, len(examples))
+    # A reduce step shows the best entries with their answers, which are about as long as the items themselves.
+    shown = 1 if step.reduce is None else 2 * min(step.reduce.top, items)
+    text = (Message("user", "word " * ((template + shown * per_item) // 5)),)
     schema = answer_schema(step.answer, spec.pack_files)
     return estimate_messages(text, schema), upper_bound(text, schema)

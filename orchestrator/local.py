@@ -1,9 +1,9 @@
-"""One machine: a private Valkey server and a worker process, started, watched and stopped by the command that needs them.
+"""One machine: a private Valkey server and a worker process, kept alive by the command that needs them.
 
-It is the same worker as on a cluster, started by name, and the same kind of broker; only nobody has to install them. Both
-run in sessions of their own, so that Ctrl-C in the terminal reaches this process alone and it decides in which order they
-stop: the worker first, which puts back what it holds, and the server last. On Linux the kernel ends both when this process
-dies. The server keeps nothing on disk, because the database is the truth.
+It is the same worker as on a cluster, started by name, and the same kind of broker; only nobody has to install them.
+Both run in sessions of their own, so that Ctrl-C in the terminal reaches this process alone and it decides in which
+order they stop: the worker first, which puts back what it holds, and the server last. On Linux the kernel ends both
+when this process dies. The server keeps nothing on disk, because the database is the truth.
 """
 
 import ctypes
@@ -103,7 +103,7 @@ class LocalEngine:
         self._start_worker()
 
     def stop(self, grace_s: float) -> None:
-        """Stops the worker, which may finish its calls in flight for so many seconds, and then the server. Safe to repeat."""
+        """Stops the worker, which may finish its calls for so many seconds, then the server. Safe to repeat."""
         _end(self._worker, grace_s + 5 if grace_s else 0)
         self._worker = None
         _end(self._server, 5)
@@ -153,7 +153,7 @@ class LocalEngine:
             }
         )
         with self._log_file.open("ab") as log:
-            return subprocess.Popen(
+            return subprocess.Popen(  # noqa: S603 - our own programs, and no shell
                 command,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -174,12 +174,11 @@ class LocalEngine:
         }
 
 
-_libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+_libc = ctypes.CDLL(None)
 
 
 def _die_with_parent() -> None:
-    if _libc is not None:
-        _libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    _libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _answers(path: Path) -> bool:

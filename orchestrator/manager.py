@@ -1,7 +1,7 @@
 """WorkflowManager: the facade that the command line and a Python program call.
 
-`plan` checks everything and spends nothing; `execute_workflow` writes the run, streams its items into the database and publishes
-the first windows while later items are still being read. Everything after that happens in the workers.
+`plan` checks everything and spends nothing; `execute_workflow` writes the run, streams its items into the database
+and publishes the first windows while later items are still being read. Everything after that happens in the workers.
 """
 
 import json
@@ -13,7 +13,7 @@ from decimal import Decimal
 from hashlib import sha256
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from celery import Celery
 
@@ -149,10 +149,11 @@ class WorkflowManager:
         problems.extend(found)
         if workflow is None or source is None or summary is None:
             raise InvalidInput(problems)
-        configured = self._config.get_workflow_config(workflow.name)
+        configured = cast("Mapping[str, Any]", self._config.get_workflow_config(workflow.name))
+        set_here: Mapping[str, Any] = configured.get("variables", {})
         variables = _collect(
             problems,
-            lambda: validation.read_variables(workflow, request.variables, configured.get("variables", {})),
+            lambda: validation.read_variables(workflow, request.variables, set_here),
         )
         routes = self._routes(workflow, request, configured, problems)
         budget = _budget(request, workflow, configured, problems)

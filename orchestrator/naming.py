@@ -4,17 +4,25 @@ import json
 import secrets
 from datetime import UTC, datetime
 
+# fmt: off
 _ADJECTIVES = (
-    "amber brave brisk calm clear clever eager early fair fancy fleet fresh gentle glad golden grand happy honest keen "
-    "kind lively loyal lucky mellow merry mild modest neat noble patient polite proud quick quiet ready rosy sharp shy "
-    "silent silver sincere smart snug solid spry steady stout sunny swift tidy tough true vivid warm wise witty young"
-).split()
+    "amber", "brave", "brisk", "calm", "clear", "clever", "eager", "early", "fair", "fancy", "fleet", "fresh",
+    "gentle", "glad", "golden", "grand", "happy", "honest", "keen", "kind", "lively", "loyal", "lucky",
+    "mellow", "merry", "mild", "modest", "neat", "noble", "patient", "polite", "proud", "quick", "quiet",
+    "ready", "rosy", "sharp", "shy", "silent", "silver", "sincere", "smart", "snug", "solid", "spry",
+    "steady", "stout", "sunny", "swift", "tidy", "tough", "true", "vivid", "warm", "wise", "witty", "young",
+)
+# fmt: on
+# fmt: off
 _ANIMALS = (
-    "ant badger bat bear beaver bee bison boar camel carp cat cod crab crane crow deer dog dove duck eagle eel elk finch "
-    "fox frog gnu goat goose gull hare hawk hen heron ibex jay kite koala lark lion llama lynx mole moose moth mouse newt "
-    "orca otter owl panda pike pony puma quail ram raven robin seal shrew skunk sloth snail stork swan tern tiger toad "
-    "trout tuna vole wasp whale wolf wren yak zebra"
-).split()
+    "ant", "badger", "bat", "bear", "beaver", "bee", "bison", "boar", "camel", "carp", "cat", "cod", "crab",
+    "crane", "crow", "deer", "dog", "dove", "duck", "eagle", "eel", "elk", "finch", "fox", "frog", "gnu",
+    "goat", "goose", "gull", "hare", "hawk", "hen", "heron", "ibex", "jay", "kite", "koala", "lark", "lion",
+    "llama", "lynx", "mole", "moose", "moth", "mouse", "newt", "orca", "otter", "owl", "panda", "pike",
+    "pony", "puma", "quail", "ram", "raven", "robin", "seal", "shrew", "skunk", "sloth", "snail", "stork",
+    "swan", "tern", "tiger", "toad", "trout", "tuna", "vole", "wasp", "whale", "wolf", "wren", "yak", "zebra",
+)
+# fmt: on
 
 
 def new_run_id() -> str:

@@ -1,21 +1,21 @@
 """WorkflowOrchestrator: looks at a run in the database and does whatever comes next.
 
-There is one way forward, `coordinate_steps`, and everybody takes it: the producer after storing items, the task
-that closes a window, the reconciler, and a user who resumes. It decides inside one transaction that holds the run's row, and
-publishes after the commit. Doing it twice is harmless, and not doing it is repaired by the reconciler.
+There is one way forward, `coordinate_steps`, and everybody takes it: the producer after storing items, the task that
+closes a window, the reconciler, and a user who resumes. It decides inside one transaction that holds the run's row,
+and publishes after the commit. Doing it twice is harmless, and not doing it is repaired by the reconciler.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, cast
 
 import structlog
 from celery import Celery
 from kombu.exceptions import OperationalError
 
 from orchestrator import broker, planning
-from orchestrator.database import Connection, Database, Row, intake, reports, runs, windows, work
+from orchestrator.database import AnyRow, Connection, Database, intake, reports, runs, windows, work
 from orchestrator.judging.ranking import Scored, rank
 from orchestrator.planning import OpenCall, Segment
 from orchestrator.runspec import RunSpec
@@ -136,13 +136,13 @@ class WorkflowOrchestrator:
         with self._database.snapshot() as connection:
             return reports.status(connection, run)
 
-    def _advance(self, connection: Connection, row: Row[Any]) -> tuple[bool, list[Publication]]:
+    def _advance(self, connection: Connection, row: AnyRow) -> tuple[bool, list[Publication]]:
         """Moves a locked run by one stage; True if there is more to do at once."""
         spec = read_spec(row.spec)
         segments = planning.segments(spec.workflow)
         match row.phase:
             case "items":
-                opened = self._fill_lanes(connection, row, spec, segments[row.segment])
+                opened = self._fill_lanes(connection, row, spec, segments[int(row.segment)])
                 if opened or not row.input_complete or windows.has_unclosed(connection, row.id, row.segment):
                     return False, opened
                 runs.set_stage(connection, row.id, segment=row.segment, phase="reduce", reduce_index=0)
@@ -152,36 +152,32 @@ class WorkflowOrchestrator:
             case _:
                 return False, []
 
-    def _fill_lanes(self, connection: Connection, row: Row[Any], spec: RunSpec, segment: Segment) -> list[Publication]:
+    def _fill_lanes(self, connection: Connection, row: AnyRow, spec: RunSpec, segment: Segment) -> list[Publication]:
         return [
             self._open(connection, row, window, _item_calls(row.id, spec, segment, window))
             for window in windows.next_for_lanes(connection, row.id, segment.number, spec.lanes)
         ]
 
-    def _open(
-        self, connection: Connection, run: Row[Any], window: Row[Any], calls: list[dict[str, Any]]
-    ) -> Publication:
+    def _open(self, connection: Connection, run: AnyRow, window: AnyRow, calls: list[dict[str, Any]]) -> Publication:
         windows.open_pending(connection, window.id, calls)
         return self._next_round(connection, run, window, runs.open_calls(connection, window.id))
 
-    def _next_round(
-        self, connection: Connection, run: Row[Any], window: Row[Any], calls: Sequence[Row[Any]]
-    ) -> Publication:
+    def _next_round(self, connection: Connection, run: AnyRow, window: AnyRow, calls: Sequence[AnyRow]) -> Publication:
         spec = read_spec(run.spec)
-        segment = planning.segments(spec.workflow)[window.segment]
+        segment = planning.segments(spec.workflow)[int(window.segment)]
         wanted = [OpenCall(call.prompt_name, call.item_ordinal, call.llm_provider) for call in calls]
         size = planning.shard_size_for(len(wanted), spec.shard_size)
         number = windows.note_published(connection, window.id)
         return Publication(run.id, window.id, number, planning.canvas(segment, wanted, size))
 
     def _reduce(
-        self, connection: Connection, row: Row[Any], spec: RunSpec, segments: Sequence[Segment]
+        self, connection: Connection, row: AnyRow, spec: RunSpec, segments: Sequence[Segment]
     ) -> tuple[bool, list[Publication]]:
-        segment = segments[row.segment]
-        if row.reduce_index >= len(segment.reduces):
+        segment = segments[int(row.segment)]
+        if int(row.reduce_index) >= len(segment.reduces):
             self._begin_segment(connection, row, spec, segments)
             return True, []
-        step = spec.workflow.step(segment.reduces[row.reduce_index])
+        step = spec.workflow.step(segment.reduces[int(row.reduce_index)])
         if not step.asks():
             self._rank(connection, row, spec, step)
         else:
@@ -193,8 +189,8 @@ class WorkflowOrchestrator:
         runs.set_stage(connection, row.id, segment=row.segment, phase="reduce", reduce_index=row.reduce_index + 1)
         return True, []
 
-    def _begin_segment(self, connection: Connection, row: Row[Any], spec: RunSpec, segments: Sequence[Segment]) -> None:
-        following = row.segment + 1
+    def _begin_segment(self, connection: Connection, row: AnyRow, spec: RunSpec, segments: Sequence[Segment]) -> None:
+        following = int(row.segment) + 1
         if following >= len(segments):
             runs.set_stage(connection, row.id, segment=row.segment, phase="finish", reduce_index=0)
             return
@@ -203,14 +199,14 @@ class WorkflowOrchestrator:
             intake.add_windows(connection, row.id, following, ranges)
         runs.set_stage(connection, row.id, segment=following, phase="items", reduce_index=0)
 
-    def _ask_reduce(self, connection: Connection, row: Row[Any], spec: RunSpec, step: Step) -> Publication:
+    def _ask_reduce(self, connection: Connection, row: AnyRow, spec: RunSpec, step: Step) -> Publication:
         (window_id,) = intake.add_windows(connection, row.id, row.segment, [(-1, -1)], step.name)
         window = windows.find(connection, window_id)
         if window is None:
             raise LookupError(f"window {window_id} does not exist")
         return self._open(connection, row, window, [_call_row(row.id, spec, step, -1, 0)])
 
-    def _rank(self, connection: Connection, row: Row[Any], spec: RunSpec, step: Step) -> None:
+    def _rank(self, connection: Connection, row: AnyRow, spec: RunSpec, step: Step) -> None:
         reduce = step.reduce
         if reduce is None or reduce.step is None:
             raise LookupError(f"step {step.name!r} has no rule to rank by")
@@ -222,7 +218,7 @@ class WorkflowOrchestrator:
         ranked = rank(scored, reduce.weights or {}, reduce.tie_break)
         work.save_ranking(connection, row.id, step.name, ((one.ordinal, one.rank, one.score) for one in ranked))
 
-    def _open_window(self, connection: Connection, window: int) -> tuple[Row[Any], Row[Any]] | None:
+    def _open_window(self, connection: Connection, window: int) -> tuple[AnyRow, AnyRow] | None:
         found = windows.find(connection, window)
         if found is None:
             return None
@@ -231,7 +227,7 @@ class WorkflowOrchestrator:
         row = windows.find(connection, window)
         return (run, row) if row is not None and run.status == "running" and row.status == "open" else None
 
-    def _moved(self, window: Row[Any], calls: Sequence[Row[Any]]) -> bool:
+    def _moved(self, window: AnyRow, calls: Sequence[AnyRow]) -> bool:
         """Whether another round at once makes sense: calls were settled since the last one, and some can be claimed."""
         ready = any(call.status == "pending" and (call.waits_s is None or call.waits_s <= 0) for call in calls)
         return ready and (window.progress_at or 0) >= (window.published_at or 0)
@@ -269,12 +265,12 @@ class WorkflowOrchestrator:
                 log.info("run.ended", run=row.run_id, status=outcome.status, reason=outcome.reason)
 
 
-def _patience(calls: Sequence[Row[Any]]) -> float:
+def _patience(calls: Sequence[AnyRow]) -> float:
     waits = [call.waits_s for call in calls if call.waits_s is not None and call.waits_s > 0]
     return min([IDLE_ROUND_S, *waits]) if len(waits) < len(calls) else min(waits)
 
 
-def _item_calls(run: int, spec: RunSpec, segment: Segment, window: Row[Any]) -> list[dict[str, Any]]:
+def _item_calls(run: int, spec: RunSpec, segment: Segment, window: AnyRow) -> list[dict[str, Any]]:
     return [
         _call_row(run, spec, spec.workflow.step(name), ordinal, repeat)
         for name in segment.item_steps()
@@ -298,9 +294,10 @@ def _call_row(run: int, spec: RunSpec, step: Step, ordinal: int, repeat: int) ->
 
 def _numbers(values: Sequence[Any], fields: set[str]) -> dict[str, float]:
     """Means over the repeats of those fields that hold numbers."""
+    answers = [cast("dict[str, float]", value) for value in values if isinstance(value, dict)]
     means: dict[str, float] = {}
     for field in fields:
-        found = [value[field] for value in values if isinstance(value, dict) and field in value]
+        found = [answer[field] for answer in answers if field in answer]
         if found:
             means[field] = sum(found) / len(found) if len(found) > 1 else found[0]
     return means

@@ -1,8 +1,8 @@
 """Pure: which provider and model answers a step, what stands behind it in the fallback chain, and why.
 
 A provider is chosen by, from strong to weak: the command line, the step's own route, the workflow's `[routing]`, the
-installation's settings for this workflow, the installation's default. The fallback chain is the step's, else the workflow's,
-then the installation's `fallback_provider`. Prices are looked up here once and pinned to the run.
+installation's settings for this workflow, the installation's default. The fallback chain is the step's, else the
+workflow's, then the installation's `fallback_provider`. Prices are looked up here once and pinned to the run.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping

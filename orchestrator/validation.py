@@ -1,7 +1,7 @@
 """Checks a whole pack before anything is spent: declaration, templates, conditions and answer schemas, all at once.
 
-Templates are checked against sample values: an item as the input has it, and for every earlier step an answer of the form
-that the step declares. So a misspelt variable is found before the first call and not after the thousandth.
+Templates are checked against sample values: an item as the input has it, and for every earlier step an answer of the
+form that the step declares. So a misspelt variable is found before the first call and not after the thousandth.
 """
 
 from collections.abc import Iterator, Mapping, Sequence

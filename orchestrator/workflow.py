@@ -1,7 +1,7 @@
 """The validated declaration of a workflow: what `workflow.toml` may say, and what it means.
 
-`read_workflow` turns a pack's declaration into a `Workflow` or raises with every problem at once, each with its line and
-column. Checks that need templates, items or providers are made in `orchestrator.validation`; this module looks at
+`read_workflow` turns a pack's declaration into a `Workflow` or raises with every problem at once, each with its line
+and column. Checks that need templates, items or providers are made in `orchestrator.validation`; this module looks at
 the declaration alone. Its JSON Schema is published for editors by `json_schema`.
 """
 
@@ -343,39 +343,46 @@ def _step_problems(
         yield problem("when-without-needs", "a condition over earlier answers needs the steps it reads", "when")
 
 
-def _reduce_problems(
-    workflow: Workflow, step: Step, reduce: Reduce
-) -> Iterator[tuple[str, str, tuple[str | int, ...], str | None]]:
+_ReduceProblem = tuple[str, str, tuple[str | int, ...], str | None]
+"""Code, message, keys below the step's `reduce` table, hint."""
+
+
+def _reduce_problems(workflow: Workflow, step: Step, reduce: Reduce) -> Iterator[_ReduceProblem]:
     by_name = {other.name: other for other in workflow.steps}
     if reduce.rule == "llm":
-        if step.prompt is None:
-            yield "missing-prompt", "rule 'llm' needs a prompt", (), None
-        ranking = by_name.get(reduce.ranking or "")
-        if reduce.ranking is not None and (
-            ranking is None
-            or ranking.reduce is None
-            or ranking.reduce.rule != "rank"
-            or reduce.ranking not in step.needs
-        ):
-            yield "unknown-ranking", f"{reduce.ranking!r} is no ranking step among its needs", ("ranking",), None
+        yield from _ask_problems(step, reduce, by_name)
+    else:
+        yield from _rank_problems(step, reduce, by_name)
+
+
+def _ask_problems(step: Step, reduce: Reduce, by_name: Mapping[str, Step]) -> Iterator[_ReduceProblem]:
+    if step.prompt is None:
+        yield "missing-prompt", "rule 'llm' needs a prompt", (), None
+    if reduce.ranking is None:
         return
+    ranking = by_name.get(reduce.ranking)
+    ranks = ranking is not None and ranking.reduce is not None and ranking.reduce.rule == "rank"
+    if not ranks or reduce.ranking not in step.needs:
+        yield "unknown-ranking", f"{reduce.ranking!r} is no ranking step among its needs", ("ranking",), None
+
+
+def _rank_problems(step: Step, reduce: Reduce, by_name: Mapping[str, Step]) -> Iterator[_ReduceProblem]:
     if step.prompt is not None:
         yield "prompt-on-rank", "rule 'rank' computes and asks nobody; remove the prompt", (), None
     scored = by_name.get(reduce.step or "")
     if scored is None or scored.kind != "item" or scored.name not in step.needs:
         yield "unknown-step", "reduce.step must name an item step among its needs", ("step",), None
         return
-    numeric = {name for name, field in (scored.answer.fields or {}).items() if field.type in ("integer", "number")}
-    if not reduce.weights or sum(reduce.weights.values()) <= 0 or min(reduce.weights.values()) < 0:
+    weights = reduce.weights or {}
+    if sum(weights.values()) <= 0 or min(weights.values()) < 0:
         yield "bad-weights", "reduce.weights must not be negative and must have a positive sum", ("weights",), None
-    for name in reduce.weights or {}:
+    numeric = {name for name, field in (scored.answer.fields or {}).items() if field.type in ("integer", "number")}
+    used = [*((name, ("weights", name)) for name in weights)]
+    used += [(name, ("tie_break", position)) for position, name in enumerate(reduce.tie_break)]
+    for name, keys in used:
         if name not in numeric:
             message = f"{name!r} is no number in the answer of {scored.name!r}"
-            yield "unknown-field", message, ("weights", name), did_you_mean(name, numeric)
-    for position, name in enumerate(reduce.tie_break):
-        if name not in numeric:
-            message = f"{name!r} is no number in the answer of {scored.name!r}"
-            yield "unknown-field", message, ("tie_break", position), did_you_mean(name, numeric)
+            yield "unknown-field", message, keys, did_you_mean(name, numeric)
 
 
 def _answer_problems(answer: AnswerSpec) -> Iterator[tuple[str, str, tuple[str | int, ...]]]:

@@ -1,9 +1,10 @@
 """LLMClient: carries one call through its attempts until it has an answer, has failed, or is put back.
 
-One attempt is: a slot of this process, a permit of the distributed bucket with its exact send time, a claim that reserves the
-worst price and notes the attempt as sent, the sending itself, and the settlement. The claim comes after the permit on
-purpose: money is held, and an attempt is on record, only for calls that leave within moments, so waiting for a slow limit costs
-neither budget nor ledger rows. What follows an error is decided in `workers.retry` and nowhere else.
+One attempt is: a slot of this process, a permit of the distributed bucket with its exact send time, a claim that
+reserves the worst price and notes the attempt as sent, the sending itself, and the settlement. The claim comes after
+the permit on purpose: money is held, and an attempt is on record, only for calls that leave within moments, so
+waiting for a slow limit costs neither budget nor ledger rows. What follows an error is decided in `workers.retry` and
+nowhere else.
 """
 
 import asyncio
@@ -137,7 +138,7 @@ class LLMClient:
         self.in_flight = 0
 
     async def send_prompt(self, job: Job) -> None:
-        """Asks one pending call until it ends, or until it is put back for another worker, another time or another route.
+        """Asks one pending call until it ends, or is put back for another worker, time or route.
 
         Safe to run twice for the same call: the second one finds it claimed and steps aside.
         """

@@ -25,8 +25,7 @@ LOCK = "reconciler"
 SILENT_S = 5.0
 """Silence of an open window, with empty queues and none of its calls held, after which its messages count as lost."""
 SILENT_BEHIND_QUEUE_S = 600.0
-"""The same while messages are queued: they are probably its own. One in a thousand kombu deliveries is lost with its worker."""
-PRODUCER_SILENT_S = 60.0
+"""The same while messages are queued: they are probably its own."""
 
 
 class Reconciler:
@@ -51,8 +50,8 @@ class Reconciler:
         """Looks once.
 
         Args:
-            at_work: windows of which this process has shards at work; noted as progress, so that a shard that waits for a slow
-                limit is not taken for lost.
+            at_work: windows of which this process has shards at work; noted as progress, so that a shard that waits
+                for a slow limit is not taken for lost.
         """
         broker_forgot = bool(await self._redis.set(self._marker, "1", nx=True))
         queued = sum([await self._redis.llen(name) for name in self._queues])

@@ -1,11 +1,12 @@
-"""Pure: what an error means for its attempt, and what happens to the call next. The one place that decides about repeating.
+"""Pure: what an error means for its attempt and its call. The one place that decides about repeating.
 
-An error is first classified (what do we book, what kind of trouble is it), then decided upon: wait and send again, take the
-next route, give the call up, or stop the run because every other call would end the same way.
+An error is first classified (what do we book, what kind of trouble is it), then decided upon: wait and send again,
+take the next route, give the call up, or stop the run because every other call would end the same way.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast
 
 from orchestrator.database.ledger import AttemptStatus
 from providers import errors
@@ -64,33 +65,38 @@ class StopRun:
 Decision = SendAgain | TakeNextRoute | GiveUp | StopRun
 
 
+@dataclass(frozen=True, slots=True)
+class _Meaning:
+    """What one kind of error means; `status` is None where it depends on whether the attempt may have been billed."""
+
+    code: str
+    trouble: Trouble
+    status: AttemptStatus | None = None
+    reason: str | None = None
+
+
+_MEANINGS: Mapping[type[errors.ProviderError], _Meaning] = {
+    errors.RateLimited: _Meaning("rate_limited", "rate_limited", "retryable"),
+    errors.QuotaExhausted: _Meaning("quota_exhausted", "run", "fatal", "provider_quota"),
+    errors.AuthenticationFailed: _Meaning("authentication", "run", "fatal", "provider_key"),
+    errors.ModelNotFound: _Meaning("model_not_found", "run", "fatal", "provider_model"),
+    errors.ContextTooLong: _Meaning("context_too_long", "route", "fatal"),
+    errors.RequestRejected: _Meaning("request_rejected", "request", "fatal"),
+    errors.ContentRefused: _Meaning("content_refused", "content", "refused"),
+    errors.TimedOut: _Meaning("timed_out", "transient"),
+    errors.ConnectionFailed: _Meaning("connection_failed", "transient"),
+    errors.MalformedReply: _Meaning("malformed_reply", "transient"),
+    errors.Unavailable: _Meaning("unavailable", "transient"),
+}
+
+
 def classify(error: errors.ProviderError) -> Failure:
     """Says what an error of a provider means."""
-    lost: AttemptStatus = "unknown" if error.billed == "unknown" else "retryable"
-    wait = error.retry_after_s
-    match error:
-        case errors.RateLimited():
-            return Failure("rate_limited", "retryable", "rate_limited", wait)
-        case errors.QuotaExhausted():
-            return Failure("quota_exhausted", "fatal", "run", reason="provider_quota")
-        case errors.AuthenticationFailed():
-            return Failure("authentication", "fatal", "run", reason="provider_key")
-        case errors.ModelNotFound():
-            return Failure("model_not_found", "fatal", "run", reason="provider_model")
-        case errors.ContextTooLong():
-            return Failure("context_too_long", "fatal", "route")
-        case errors.RequestRejected():
-            return Failure("request_rejected", "fatal", "request")
-        case errors.ContentRefused():
-            return Failure("content_refused", "refused", "content")
-        case errors.TimedOut():
-            return Failure("timed_out", lost, "transient", wait)
-        case errors.ConnectionFailed():
-            return Failure("connection_failed", lost, "transient", wait)
-        case errors.MalformedReply():
-            return Failure("malformed_reply", lost if error.billed == "unknown" else "bad_output", "transient", wait)
-        case _:
-            return Failure("unavailable", lost, "transient", wait)
+    meaning = _MEANINGS.get(type(error), _MEANINGS[errors.Unavailable])
+    status = meaning.status
+    if status is None:
+        status = {"unknown": "unknown", "yes": "bad_output", "no": "retryable"}[error.billed]
+    return Failure(meaning.code, cast("AttemptStatus", status), meaning.trouble, error.retry_after_s, meaning.reason)
 
 
 def decide(failure: Failure, route_attempts: int, limit: int, *, more_routes: bool, luck: float) -> Decision:

@@ -1,12 +1,12 @@
 """One worker process: an asyncio loop in a thread of its own, and everything that lives as long as the process.
 
-Celery's threads bring shards; each hands its coroutine to the loop and waits, so many shards overlap and a process keeps a
-thousand and more calls in flight. This module is the border between the two colours: what is synchronous calls `run`, and
-nothing else crosses.
+Celery's threads bring shards; each hands its coroutine to the loop and waits, so many shards overlap and a process
+keeps a thousand and more calls in flight. This module is the border between the two colours: what is synchronous
+calls `run`, and nothing else crosses.
 
-The heartbeat renews the worker's lease, learns which runs were paused or cancelled, and notices when the broker lost its
-data. When the process is told to stop, calls that are not sent yet stay for others, calls in flight may finish for a
-while, and what is then still held is put back.
+The heartbeat renews the worker's lease, learns which runs were paused or cancelled, and notices when the broker lost
+its data. When the process is told to stop, calls that are not sent yet stay for others, calls in flight may finish
+for a while, and what is then still held is put back.
 """
 
 import asyncio
@@ -118,7 +118,7 @@ class Runtime:
         self._draining = True
 
     def stop(self) -> None:
-        """Puts back what is still held and closes everything. Safe to call once only, after the shards are done or given up."""
+        """Puts back what is still held and closes everything. Call it once, when the shards are done or given up."""
         self.stop_claiming()
         if self._beat is not None:
             self._beat.cancel()
@@ -146,7 +146,7 @@ class Runtime:
         return self._prepared[run]
 
     def may_go_on(self, run: int) -> bool:
-        """Whether calls of a run may be sent: this process is not stopping, and the run was not seen to have stopped."""
+        """Whether calls of a run may be sent: neither this process nor, as far as we know, the run is stopping."""
         return not self._draining and run not in self._halted
 
     async def _ask(self, message: broker.ShardMessage) -> None:
@@ -172,7 +172,7 @@ class Runtime:
         settings = self._settings
         if settings.redis_url is None:
             raise EnvironmentNotReady(())
-        self._redis = Redis.from_url(settings.redis_url, socket_timeout=10, socket_connect_timeout=5)
+        self._redis = Redis.from_url(settings.redis_url, socket_timeout=10, socket_connect_timeout=5)  # pyright: ignore[reportUnknownMemberType]  # its keyword arguments have no types
         self._limiter = Limiter(self._redis, f"{settings.queue_prefix}limits:")
         wanted = [name for name in settings.providers if broker.provider_queue(name) in self._queues]
         self._gates = {name: self._gate(self._config.get_llm_config(name)) for name in wanted}

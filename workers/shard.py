@@ -1,9 +1,9 @@
 """The heart: one shard of calls, from claim to settlement. Read it first.
 
-A shard arrives as numbers. `ask_shard` reads what it needs with a handful of queries, sorts the calls into those that need
-no asking (their condition says no, an answer they need is missing, or the cache knows) and those that do, and carries all of
-the latter at once. Every outcome goes through the batch writer. A shard never raises for the fault of a call; it ends
-when each of its calls has ended, was put back, or turned out to be somebody else's.
+A shard arrives as numbers. `ask_shard` reads what it needs with a handful of queries, sorts the calls into those that
+need no asking (their condition says no, an answer they need is missing, or the cache knows) and those that do, and
+carries all of the latter at once. Every outcome goes through the batch writer. A shard never raises for the fault of
+a call; it ends when each of its calls has ended, was put back, or turned out to be somebody else's.
 """
 
 import asyncio

@@ -76,8 +76,8 @@ class _Life:
         runtime = self._runtime
         if runtime is None or runtime.run(runtime.wait_idle(grace_s)):
             return
-        # Threads cannot be ended from outside. What they hold goes back, and the process leaves as it would after a crash,
-        # only in good order.
+        # Threads cannot be ended from outside. What they hold goes back, and the process leaves as it would after a
+        # crash, only in good order.
         log.warning("worker.drain_timed_out", grace_s=grace_s)
         runtime.stop()
         os._exit(0)

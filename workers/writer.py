@@ -1,9 +1,9 @@
 """Group commit: what many calls want to write becomes one transaction.
 
-One thread owns the writing connection. While a commit is on its way to the disk the next wishes pile up, and they are committed
-together; under load a transaction holds a hundred calls, alone a call waits a few milliseconds. A commit that fails because the
-database is away is repeated until it is back: no call starts meanwhile, and an answer that was paid for is kept in
-memory until it is stored. Repeating is safe (see `orchestrator.database.batches`).
+One thread owns the writing connection. While a commit is on its way to the disk the next wishes pile up, and they are
+committed together; under load a transaction holds a hundred calls, alone a call waits a few milliseconds. A commit
+that fails because the database is away is repeated until it is back: no call starts meanwhile, and an answer that was
+paid for is kept in memory until it is stored. Repeating is safe (see `orchestrator.database.batches`).
 """
 
 import asyncio
@@ -22,7 +22,7 @@ log = structlog.get_logger(__name__)
 
 MOST_PER_BATCH = 200
 LINGER_S = 0.004
-"""Pause for others to join a batch. Longer saves processor time and costs latency, once for a claim, once for a settlement."""
+"""Pause for others to join a batch: longer saves processor time and costs latency, twice for every call."""
 REPEAT_FIRST_S = 0.05
 REPEAT_MOST_S = 2.0
 

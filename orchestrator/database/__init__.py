@@ -13,18 +13,18 @@
 | `cache`, `reports` | paid answers kept; what people ask afterwards |
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from sqlalchemy import Connection, Engine, Row, text
+from sqlalchemy import Connection, Engine, text
 from sqlalchemy.exc import DBAPIError
 
 from orchestrator.database import batches, cache, intake, ledger, migrate
 from orchestrator.database.cache import CacheEntry
-from orchestrator.database.engine import open_engine, parse_url, reading, writing
+from orchestrator.database.engine import AnyRow, open_engine, parse_url, reading, writing
 
-__all__ = ["CacheEntry", "Connection", "Database", "DatabaseUnavailable", "Row", "SchemaOutdated"]
+__all__ = ["AnyRow", "CacheEntry", "Connection", "Database", "DatabaseUnavailable", "SchemaOutdated"]
 
 DatabaseUnavailable = DBAPIError
 """What a transaction raises when the database cannot be reached or refuses; repeated by `workers.writer` alone."""
@@ -70,7 +70,7 @@ class Database:
         return self._url.render_as_string(hide_password=True)
 
     @contextmanager
-    def transaction(self) -> Iterator[Connection]:
+    def transaction(self) -> Generator[Connection]:
         """One short transaction that writes. Never hold it open while a provider thinks.
 
         Raises:
@@ -80,7 +80,7 @@ class Database:
             yield connection
 
     @contextmanager
-    def snapshot(self) -> Iterator[Connection]:
+    def snapshot(self) -> Generator[Connection]:
         """One transaction that reads."""
         with reading(self._engine) as connection:
             yield connection
@@ -123,7 +123,7 @@ class Database:
             return batches.settle(connection, settlements)
 
     def track_llm_usage(self, run: int) -> dict[str, int]:
-        """Tokens and nano-USD that a run has used so far: `cost_nusd`, `unconfirmed_nusd`, `input`, `output`, `cached`."""
+        """What a run has used so far: `cost_nusd`, `unconfirmed_nusd`, and tokens `input`, `output`, `cached`."""
         with self.snapshot() as connection:
             return ledger.totals(connection, run)
 

@@ -1,9 +1,9 @@
 """The two transactions of a call, for many calls at once: claim with reservation, and settlement.
 
-A worker collects what its calls want to write and commits it together. Each operation in a batch gets an answer of its own;
-one that comes too late (another worker was faster, the run was paused, the fence is stale) is told so and changes
-nothing. Every operation may be repeated after a commit whose outcome is unknown: a claim is recognised by its random
-token, a settlement by the attempt that is no longer open.
+A worker collects what its calls want to write and commits it together. Each operation in a batch gets an answer of
+its own; one that comes too late (another worker was faster, the run was paused, the fence is stale) is told so and
+changes nothing. Every operation may be repeated after a commit whose outcome is unknown: a claim is recognised by its
+random token, a settlement by the attempt that is no longer open.
 """
 
 from collections import defaultdict
@@ -11,12 +11,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import Connection, Row, select
+from sqlalchemy import Connection, select
 
 from orchestrator.database import cache, ledger, runs, windows
+from orchestrator.database.engine import AnyRow
 from orchestrator.database.tables import llm_usage
 
-OpenAttempts = dict[tuple[int, int], Row[Any]]
+OpenAttempts = dict[tuple[int, int], AnyRow]
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +131,7 @@ def claim(connection: Connection, claims: Sequence[Claim]) -> list[ClaimAnswer]:
     return answers
 
 
-def _may_claim(wish: Claim, row: Row[Any]) -> bool:
+def _may_claim(wish: Claim, row: AnyRow) -> bool:
     if row.run_status != "running":
         return False
     if wish.held_fence is None:
@@ -139,7 +140,7 @@ def _may_claim(wish: Claim, row: Row[Any]) -> bool:
 
 
 def _claims_already_made(
-    connection: Connection, claims: Sequence[Claim], rows: dict[int, Row[Any]]
+    connection: Connection, claims: Sequence[Claim], rows: dict[int, AnyRow]
 ) -> dict[int, Claimed]:
     """Answers of a batch whose first commit succeeded without our hearing of it, by token."""
     suspects = [
@@ -191,7 +192,7 @@ def settle(connection: Connection, settlements: Sequence[Settlement]) -> list[bo
     """
     rows = runs.lock_calls(connection, (one.call for one in settlements))
     attempts = ledger.find_attempts(connection, rows)
-    booked: list[tuple[Row[Any], ledger.Usage]] = []
+    booked: list[tuple[AnyRow, ledger.Usage]] = []
     ends: list[tuple[int, runs.CallEnd, runs.CallText | None, int, int, int]] = []
     answers: list[bool] = []
     for one in settlements:
@@ -242,7 +243,7 @@ def close(connection: Connection, closings: Sequence[Closing]) -> list[bool]:
     return answers
 
 
-def _is_as_said(one: Closing, row: Row[Any]) -> bool:
+def _is_as_said(one: Closing, row: AnyRow) -> bool:
     if one.held is None:
         return row.status == "pending"
     return row.status == "running" and (row.fence, row.worker_id) == one.held

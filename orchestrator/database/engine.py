@@ -7,9 +7,10 @@ cannot block the others for long.
 """
 
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from sqlalchemy import (
     URL,
@@ -17,6 +18,7 @@ from sqlalchemy import (
     Connection,
     Double,
     Engine,
+    Row,
     create_engine,
     event,
     func,
@@ -27,6 +29,8 @@ from sqlalchemy.engine.interfaces import DBAPIConnection
 from sqlalchemy.exc import ArgumentError
 from sqlalchemy.pool import ConnectionPoolEntry
 
+AnyRow = Row[*tuple[Any, ...]]
+"""A row of a query whose columns are named in the docstring of the function that returns it."""
 SQLITE_BUSY_MS = 30_000
 POSTGRES_OPTIONS = "-c statement_timeout=60000 -c lock_timeout=30000 -c idle_in_transaction_session_timeout=60000"
 
@@ -120,14 +124,14 @@ def now(connection: Connection) -> ColumnElement[float]:
 
 
 @contextmanager
-def writing(engine: Engine) -> Iterator[Connection]:
+def writing(engine: Engine) -> Generator[Connection]:
     """One transaction that writes; commits at the end, rolls back when the block raises."""
     with engine.connect().execution_options(writes=True) as connection, connection.begin():
         yield connection
 
 
 @contextmanager
-def reading(engine: Engine) -> Iterator[Connection]:
+def reading(engine: Engine) -> Generator[Connection]:
     """One transaction that only reads: a consistent picture on SQLite, read-committed on Postgres."""
     with engine.connect() as connection, connection.begin():
         yield connection

@@ -1,8 +1,8 @@
 """The workers that are alive, and the locks that only one of them may hold at a time.
 
 A worker beats its heart by updating its row; one whose last beat is older than its own lease counts as dead, by the
-database's clock and nobody else's. Freeing what dead workers held is one transaction: calls go back, attempts that were sent
-are booked as unknown at their worst price, and the worker's row goes away, so nobody frees twice.
+database's clock and nobody else's. Freeing what dead workers held is one transaction: calls go back, attempts that
+were sent are booked as unknown at their worst price, and the worker's row goes away, so nobody frees twice.
 
 All functions work inside the caller's transaction.
 """

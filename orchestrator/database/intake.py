@@ -1,7 +1,7 @@
 """How a run, its items and its windows come into the database.
 
-Items come in batches, each batch with its windows in one transaction, so a run of a million items needs the memory of one
-batch, and its first windows can be worked on while the last items are still being read.
+Items come in batches, each batch with its windows in one transaction, so a run of a million items needs the memory of
+one batch, and its first windows can be worked on while the last items are still being read.
 
 All functions work inside the caller's transaction.
 """

@@ -8,7 +8,8 @@ budget it belongs to; afterwards the reservation becomes what it really cost. Th
 is a CHECK constraint, so no order of events can break it. An attempt whose outcome nobody knows is booked at its worst
 price with the status `unknown`, and is never released by the passing of time.
 
-All functions work inside the caller's transaction. Whoever changes several budgets locks them in the order of their ids.
+All functions work inside the caller's transaction. Whoever changes several budgets locks them in the order of their
+ids.
 """
 
 from collections import defaultdict
@@ -16,9 +17,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from sqlalchemy import Connection, Row, bindparam, func, insert, select, update
+from sqlalchemy import Connection, bindparam, func, insert, select, update
 
-from orchestrator.database.engine import now
+from orchestrator.database.engine import AnyRow, now
 from orchestrator.database.tables import budgets, llm_usage
 
 GLOBAL_SCOPE = "global"
@@ -77,7 +78,8 @@ class Usage:
 def set_limit(connection: Connection, scope: str, limit_nusd: int | None) -> Budget:
     """Creates the budget of a scope, or changes its limit.
 
-    A limit below what is already spent and reserved cannot be kept, so it is raised to that sum: nothing new is sent, and
+    A limit below what is already spent and reserved cannot be kept, so it is raised to that sum: nothing new is sent,
+        and
     what is in flight may settle. Safe to repeat.
     """
     row = connection.execute(select(budgets).where(budgets.c.scope == scope).with_for_update()).one_or_none()
@@ -115,15 +117,15 @@ def reserve(connection: Connection, taken_nusd: Mapping[int, int]) -> None:
 def add_attempts(connection: Connection, rows: Sequence[Mapping[str, Any]]) -> None:
     """Writes new attempts as `sent`: after the commit they may leave, so they may have been paid for.
 
-    Each row holds every column that `llm_usage` demands, but the times. There is no earlier state in the database: what is
-    reserved and not yet on its way lives for a few milliseconds inside this transaction only.
+    Each row holds every column that `llm_usage` demands, but the times. There is no earlier state in the database:
+    what is reserved and not yet on its way lives for a few milliseconds inside this transaction only.
     """
     if rows:
         clock = now(connection)
         connection.execute(insert(llm_usage).values(status="sent", reserved_at=clock, sent_at=clock), rows)
 
 
-def find_attempts(connection: Connection, calls: Iterable[int]) -> dict[tuple[int, int], Row[Any]]:
+def find_attempts(connection: Connection, calls: Iterable[int]) -> dict[tuple[int, int], AnyRow]:
     """Locks and returns the attempts of some calls that may still change, by (call, number)."""
     columns = llm_usage.c
     query = (
@@ -142,7 +144,7 @@ def find_attempts(connection: Connection, calls: Iterable[int]) -> dict[tuple[in
     return {(row.prompt_execution_id, row.number): row for row in connection.execute(query)}
 
 
-def settle(connection: Connection, settled: Sequence[tuple[Row[Any], Usage]]) -> None:
+def settle(connection: Connection, settled: Sequence[tuple[AnyRow, Usage]]) -> None:
     """Turns reservations into what the attempts really cost.
 
     An attempt that was already booked as `unknown` is corrected by the difference. What a provider reports beyond the
@@ -165,7 +167,7 @@ def settle(connection: Connection, settled: Sequence[tuple[Row[Any], Usage]]) ->
         connection.execute(_SETTLE.values(settled_at=now(connection)), [_settle_values(r, u) for r, u in settled])
 
 
-def book_unknown(connection: Connection, rows: Sequence[Row[Any]]) -> int:
+def book_unknown(connection: Connection, rows: Sequence[AnyRow]) -> int:
     """Ends the open attempts of a dead worker: nobody knows their outcome, so they are booked at their worst price.
 
     Returns:
@@ -201,7 +203,7 @@ def _apply(connection: Connection, deltas: Mapping[int, tuple[int, int, int]]) -
         connection.execute(statement, {"budget": budget, "reserved": reserved, "spent": spent, "excess": excess})
 
 
-def _budget(row: Row[Any]) -> Budget:
+def _budget(row: AnyRow) -> Budget:
     return Budget(row.id, row.scope, row.limit_nusd, row.spent_nusd, row.reserved_nusd, row.excess_nusd)
 
 
@@ -227,7 +229,7 @@ _SETTLE = (
 )
 
 
-def _settle_values(row: Row[Any], usage: Usage) -> dict[str, Any]:
+def _settle_values(row: AnyRow, usage: Usage) -> dict[str, Any]:
     return {
         "call": row.prompt_execution_id,
         "attempt": row.number,
@@ -252,13 +254,17 @@ def totals(connection: Connection, run: int) -> dict[str, int]:
     """Sums over the attempts of one run: `cost_nusd`, `unconfirmed_nusd`, `input`, `output`, `cached`."""
     columns = llm_usage.c
     unknown = func.sum(columns.cost_nusd).filter(columns.status == "unknown")
-    row = connection.execute(
-        select(
-            func.coalesce(func.sum(columns.cost_nusd), 0).label("cost_nusd"),
-            func.coalesce(unknown, 0).label("unconfirmed_nusd"),
-            func.coalesce(func.sum(columns.input_tokens), 0).label("input"),
-            func.coalesce(func.sum(columns.output_tokens), 0).label("output"),
-            func.coalesce(func.sum(columns.cached_tokens), 0).label("cached"),
-        ).where(columns.workflow_execution_id == run)
-    ).one()
-    return {key: int(value) for key, value in row._mapping.items()}
+    row = (
+        connection.execute(
+            select(
+                func.coalesce(func.sum(columns.cost_nusd), 0).label("cost_nusd"),
+                func.coalesce(unknown, 0).label("unconfirmed_nusd"),
+                func.coalesce(func.sum(columns.input_tokens), 0).label("input"),
+                func.coalesce(func.sum(columns.output_tokens), 0).label("output"),
+                func.coalesce(func.sum(columns.cached_tokens), 0).label("cached"),
+            ).where(columns.workflow_execution_id == run)
+        )
+        .mappings()
+        .one()
+    )
+    return {key: int(value) for key, value in row.items()}

@@ -9,8 +9,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import groupby
 from typing import Any
 
-from sqlalchemy import Connection, Row, Select, func, select
+from sqlalchemy import Connection, Select, func, select
 
+from orchestrator.database.engine import AnyRow
 from orchestrator.database.reports import iso_epoch
 from orchestrator.database.tables import items, llm_usage, prompt_executions, verdicts, workflow_executions
 from orchestrator.money import usd
@@ -140,7 +141,7 @@ def explain(connection: Connection, run: int, item_key: str) -> dict[str, Any] |
     }
 
 
-def _run(connection: Connection, run: int) -> Row[Any]:
+def _run(connection: Connection, run: int) -> AnyRow:
     row = connection.execute(select(workflow_executions).where(_runs.id == run)).one_or_none()
     if row is None:
         raise LookupError(f"run {run} does not exist")
@@ -165,9 +166,7 @@ def _call_query(run: int) -> Select[*tuple[Any, ...]]:
     ).where(_calls.workflow_execution_id == run)
 
 
-def _pages(
-    connection: Connection, run: int, steps: Sequence[str]
-) -> Iterator[tuple[dict[int, str], Sequence[Row[Any]]]]:
+def _pages(connection: Connection, run: int, steps: Sequence[str]) -> Iterator[tuple[dict[int, str], Sequence[AnyRow]]]:
     """Pages of items as (keys by ordinal, calls in the order of items and work)."""
     place = {name: position for position, name in enumerate(steps)}
     first = 0
@@ -188,7 +187,7 @@ def _keys(connection: Connection, run: int, first: int) -> dict[int, str]:
     return {row.ordinal: row.item_key for row in connection.execute(query.order_by(items.c.ordinal).limit(PAGE_ITEMS))}
 
 
-def _result(item_key: str | None, step: str, calls: Sequence[Row[Any]], combine: Combine) -> dict[str, Any]:
+def _result(item_key: str | None, step: str, calls: Sequence[AnyRow], combine: Combine) -> dict[str, Any]:
     values = [json.loads(call.result) for call in calls if call.status == "completed"]
     scores = [call.quality_score for call in calls if call.quality_score is not None]
     failed = next((call for call in calls if call.error_code is not None and call.status != "completed"), None)
@@ -273,7 +272,7 @@ def _attempts(connection: Connection, calls: Sequence[int]) -> dict[int, list[di
     return found
 
 
-def _explained(call: Row[Any], spec: dict[str, Any], attempts: list[dict[str, Any]]) -> dict[str, Any]:
+def _explained(call: AnyRow, spec: dict[str, Any], attempts: list[dict[str, Any]]) -> dict[str, Any]:
     routes = [
         {
             "provider": route["provider"],
@@ -303,7 +302,7 @@ def _explained(call: Row[Any], spec: dict[str, Any], attempts: list[dict[str, An
     }
 
 
-def _error(row: Row[Any]) -> dict[str, str | None] | None:
+def _error(row: AnyRow) -> dict[str, str | None] | None:
     return None if row.error_code is None else {"code": row.error_code, "message": row.error_message}
 
 

@@ -11,9 +11,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from sqlalchemy import Connection, Row, bindparam, case, func, null, select, update
+from sqlalchemy import Connection, bindparam, case, func, null, select, update
 
-from orchestrator.database.engine import now
+from orchestrator.database.engine import AnyRow, now
 from orchestrator.database.tables import prompt_executions, windows, workflow_executions
 
 CallStatus = Literal["pending", "running", "completed", "failed", "skipped", "cancelled"]
@@ -58,7 +58,7 @@ class CallText:
     prompt_hash: str
 
 
-def lock_run(connection: Connection, run: int) -> Row[Any]:
+def lock_run(connection: Connection, run: int) -> AnyRow:
     """Locks and returns a run's row: decisions about one run are taken one after the other.
 
     Raises:
@@ -99,7 +99,7 @@ def set_stage(connection: Connection, run: int, *, segment: int, phase: str, red
     connection.execute(statement.values(segment=segment, phase=phase, reduce_index=reduce_index))
 
 
-def lock_calls(connection: Connection, ids: Iterable[int]) -> dict[int, Row[Any]]:
+def lock_calls(connection: Connection, ids: Iterable[int]) -> dict[int, AnyRow]:
     """Locks calls in the order of their ids and returns what a claim or a settlement decides on."""
     query = (
         select(
@@ -262,10 +262,11 @@ def cancel_calls(connection: Connection, run: int) -> int:
     return connection.execute(statement.values(status="cancelled", completed_at=now(connection))).rowcount
 
 
-def open_calls(connection: Connection, window: int) -> list[Row[Any]]:
+def open_calls(connection: Connection, window: int) -> list[AnyRow]:
     """The calls of a window that are not ended, in the order step, item: what another round is made of.
 
-    Columns: id, prompt_name, item_ordinal, llm_provider, status, waits_s (seconds until `next_at`; NULL or negative: none).
+    Columns: id, prompt_name, item_ordinal, llm_provider, status, and waits_s: seconds until `next_at`, where NULL
+    and negative numbers mean none.
     """
     query = (
         select(

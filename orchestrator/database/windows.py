@@ -1,7 +1,7 @@
 """Windows: the slices of a run in which calls are published, and the only writer of their status.
 
-A window is `pending` until a lane is free for it, `open` while its calls are asked, and `closed` when all of them have ended; then
-its counters say what they came to, so that a report adds up windows and not calls.
+A window is `pending` until a lane is free for it, `open` while its calls are asked, and `closed` when all of them
+have ended; then its counters say what they came to, so that a report adds up windows and not calls.
 
 All functions work inside the caller's transaction.
 """
@@ -9,9 +9,9 @@ All functions work inside the caller's transaction.
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from sqlalchemy import Connection, Row, and_, exists, func, insert, or_, select, update
+from sqlalchemy import Connection, and_, exists, func, insert, or_, select, update
 
-from orchestrator.database.engine import now
+from orchestrator.database.engine import AnyRow, now
 from orchestrator.database.tables import prompt_executions, windows, workflow_executions
 
 _calls = prompt_executions.c
@@ -19,12 +19,12 @@ _windows = windows.c
 _runs = workflow_executions.c
 
 
-def find(connection: Connection, window: int) -> Row[Any] | None:
+def find(connection: Connection, window: int) -> AnyRow | None:
     """A window's row; None if it was deleted."""
     return connection.execute(select(windows).where(_windows.id == window)).one_or_none()
 
 
-def find_reduce(connection: Connection, run: int, segment: int, step: str) -> Row[Any] | None:
+def find_reduce(connection: Connection, run: int, segment: int, step: str) -> AnyRow | None:
     """The window of a reduce step; None while it was not asked."""
     query = select(windows).where(
         _windows.workflow_execution_id == run, _windows.segment == segment, _windows.step == step
@@ -32,7 +32,7 @@ def find_reduce(connection: Connection, run: int, segment: int, step: str) -> Ro
     return connection.execute(query).one_or_none()
 
 
-def next_for_lanes(connection: Connection, run: int, segment: int, lanes: int) -> list[Row[Any]]:
+def next_for_lanes(connection: Connection, run: int, segment: int, lanes: int) -> list[AnyRow]:
     """Pending windows of a segment that may be opened now: as many as lanes are free."""
     own = _windows.workflow_execution_id == run
     at_work = connection.execute(select(func.count()).where(own, _windows.status == "open")).scalar_one()
@@ -140,7 +140,7 @@ def note_progress(connection: Connection, window_ids: Iterable[int]) -> None:
         connection.execute(update(windows).where(_windows.id.in_(ids)).values(progress_at=now(connection)))
 
 
-def due_or_silent(connection: Connection, silent_s: float) -> list[Row[Any]]:
+def due_or_silent(connection: Connection, silent_s: float) -> list[AnyRow]:
     """Open windows of running runs that are due, or silent for too long: columns id, run.
 
     A window is silent when nothing of it was published or settled for `silent_s` seconds and none of its calls is held.

@@ -1,7 +1,7 @@
 """What a shard needs before it can ask: its calls, their items, and the earlier answers.
 
-Every function reads one range of ordinals of one run with a query that follows an index, so its cost depends on the size of the
-shard and not on the size of the run.
+Every function reads one range of ordinals of one run with a query that follows an index, so its cost depends on the
+size of the shard and not on the size of the run.
 """
 
 import json
@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
-from sqlalchemy import Connection, Row, func, insert, or_, select
+from sqlalchemy import Connection, func, insert, or_, select
 
-from orchestrator.database.engine import now
+from orchestrator.database.engine import AnyRow, now
 from orchestrator.database.tables import items, prompt_executions, verdicts, windows, workflow_executions
 
 _calls = prompt_executions.c
@@ -83,7 +83,7 @@ def pending_calls(
         )
         .order_by(_calls.item_ordinal, _calls.judge, _calls.repeat)
     )
-    return [PendingCall(**row._mapping) for row in connection.execute(query)]
+    return [PendingCall(**row) for row in connection.execute(query).mappings()]
 
 
 def load_items(connection: Connection, run: int, first: int, last: int) -> dict[int, Item]:
@@ -97,7 +97,7 @@ def load_items(connection: Connection, run: int, first: int, last: int) -> dict[
 def load_answers(
     connection: Connection, run: int, steps: Sequence[str], first: int, last: int
 ) -> dict[int, dict[str, StepAnswers]]:
-    """What earlier steps said about the items of a range, by ordinal and step. For reduce steps the range is -1 to -1."""
+    """What earlier steps said about a range of items, by ordinal and step. Reduce steps have the ordinal -1."""
     if not steps:
         return {}
     query = (
@@ -109,7 +109,7 @@ def load_answers(
         )
         .order_by(_calls.item_ordinal, _calls.prompt_name, _calls.judge, _calls.repeat)
     )
-    grouped: dict[int, dict[str, list[Row[Any]]]] = {}
+    grouped: dict[int, dict[str, list[AnyRow]]] = {}
     for row in connection.execute(query):
         grouped.setdefault(row.item_ordinal, {}).setdefault(row.prompt_name, []).append(row)
     return {
@@ -117,7 +117,7 @@ def load_answers(
     }
 
 
-def _step_answers(rows: Sequence[Row[Any]]) -> StepAnswers:
+def _step_answers(rows: Sequence[AnyRow]) -> StepAnswers:
     ended = tuple(row.status for row in rows if row.status in ENDED)
     values = tuple(json.loads(row.result) for row in rows if row.status == "completed")
     return StepAnswers(len(rows) - len(ended), values, ended)
@@ -189,7 +189,7 @@ def save_ranking(connection: Connection, run: int, step: str, places: Iterable[t
 
 
 def completed_answers(connection: Connection, run: int, step: str) -> Iterator[tuple[int, str, list[Any]]]:
-    """All completed answers of an item step as (ordinal, item key, answers by repeat), streamed in the order of items."""
+    """All completed answers of an item step, streamed as (ordinal, item key, answers by repeat) in item order."""
     query = (
         select(_calls.item_ordinal, items.c.item_key, _calls.result)
         .join(
@@ -212,7 +212,7 @@ def completed_answers(connection: Connection, run: int, step: str) -> Iterator[t
         yield last
 
 
-def run_row(connection: Connection, run: int) -> Row[Any]:
+def run_row(connection: Connection, run: int) -> AnyRow:
     """A run's row without locking it.
 
     Raises:

@@ -1,0 +1,29 @@
+"""The part of Celery that this project uses; Celery ships no types."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from celery.canvas import Signature, chord as chord, group as group
+
+class _Conf:
+    def update(self, **settings: Any) -> None: ...
+    def __getattr__(self, name: str) -> Any: ...
+
+class Celery:
+    conf: _Conf
+    amqp: Any
+    control: Any
+    tasks: Any
+    def __init__(self, main: str, *, set_as_current: bool = ...) -> None: ...
+    def signature(
+        self,
+        name: str,
+        *,
+        args: Sequence[Any],
+        immutable: bool,
+        queue: str,
+        argsrepr: str,
+    ) -> Signature: ...
+    def task(self, *, name: str, typing: bool) -> Callable[[Callable[..., None]], Any]: ...
+    def connection(self) -> Any: ...
+    def connection_for_write(self) -> Any: ...

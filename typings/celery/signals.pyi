@@ -1,0 +1,9 @@
+from collections.abc import Callable
+from typing import Any
+
+class Signal:
+    def connect(self, receiver: Callable[..., None], *, weak: bool) -> Any: ...
+
+worker_init: Signal
+worker_shutdown: Signal
+worker_shutting_down: Signal

