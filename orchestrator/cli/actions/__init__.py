@@ -1,0 +1,1 @@
+"""What commands do. Heavy modules, imported through `orchestrator.cli.lazy` when a command runs."""
