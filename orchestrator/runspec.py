@@ -130,6 +130,7 @@ def _step_to_json(workflow: Workflow, segment: planning.Segment, name: str) -> d
         "segment": segment.number,
         "calls": step.repeats if step.asks() else 0,
         "top": step.reduce.top if step.reduce else None,
+        "scored_step": step.reduce.step if step.reduce else None,
     }
 
 

@@ -95,12 +95,21 @@ def answers_of(connection: Connection, run: int, item_keys: Sequence[str]) -> di
 
 
 def run_steps(connection: Connection, run: int) -> list[dict[str, Any]]:
-    """The steps of a run in the order of work: `name`, `kind`, `segment`, `calls` and `reduce` of each.
+    """The steps of a run in the order of work: `name`, `kind`, `segment`, `calls`, `top`, `scored_step`.
 
     Raises:
         LookupError: the run does not exist.
     """
     return json.loads(_run(connection, run).spec).get("steps", [])
+
+
+def providers_of(connection: Connection, run: int) -> set[str]:
+    """The providers that a run paid, or would ask first when every answer came from the cache."""
+    paid = set(
+        connection.execute(select(_usage.provider).where(_usage.workflow_execution_id == run).distinct()).scalars()
+    )
+    routes: dict[str, list[dict[str, Any]]] = json.loads(_run(connection, run).spec).get("routes", {})
+    return paid or {chosen[0]["provider"] for chosen in routes.values() if chosen}
 
 
 def explain(connection: Connection, run: int, item_key: str) -> dict[str, Any] | None:
@@ -109,7 +118,8 @@ def explain(connection: Connection, run: int, item_key: str) -> dict[str, Any] |
     Returns:
         JSON data with the run's facts, the item's fields, `calls` in the order of work (each with its template's
         version, rendered prompt, the routes it could take with their reasons, every attempt, answer and error) and
-        `rankings`; None when there is no such item and no such reduce step.
+        `rankings`; a step that ranks has no calls but the whole `ranking`. None when there is no such item and no such
+        reduce step.
     """
     row = _run(connection, run)
     spec = json.loads(row.spec)
@@ -125,7 +135,8 @@ def explain(connection: Connection, run: int, item_key: str) -> dict[str, Any] |
     else:
         query = query.where(_calls.prompt_name.in_(steps), _calls.item_ordinal == item.ordinal)
     calls = connection.execute(query).all()
-    if item is None and not calls:
+    places = ranking(connection, run, item_key) if item is None and not calls else []
+    if item is None and not calls and not places:
         return None
     attempts = _attempts(connection, [call.id for call in calls])
     return {
@@ -138,6 +149,7 @@ def explain(connection: Connection, run: int, item_key: str) -> dict[str, Any] |
         "item": None if item is None else json.loads(item.content),
         "calls": [_explained(call, spec, attempts.get(call.id, [])) for call in calls],
         "rankings": [] if item is None else _places(connection, run, item.ordinal),
+        "ranking": places,
     }
 
 
@@ -222,8 +234,7 @@ def _reduce_results(
         if calls:
             yield _result(None, step["name"], calls, combine)
         return
-    rule: dict[str, Any] = step.get("reduce") or {}
-    places = ranking(connection, run, step["name"], top or rule.get("top", DEFAULT_TOP))
+    places = ranking(connection, run, step["name"], top or step["top"] or DEFAULT_TOP)
     if places:
         yield {
             "item_key": None,

@@ -26,8 +26,15 @@ def document_pieces(connection: Connection, run: int, *, status: Mapping[str, An
         status: the status object to show; None for the present one.
     """
     steps = records.run_steps(connection, run)
+    facts = _facts(connection, run, status)
+    head = {
+        "document_version": DOCUMENT_VERSION,
+        "run_id": facts["run_id"],
+        "workflow": facts["workflow"],
+        "run": facts,
+    }
     yield "{"
-    for name, value in _facts(connection, run, status).items():
+    for name, value in head.items():
         yield f"{json.dumps(name)}: {_text(value)},\n"
     reduces = list(_reduces(connection, run, steps))
     rankings = {name: answer["ranking"] for name, answer in reduces if _is_ranking(answer)}
@@ -53,7 +60,6 @@ def _facts(connection: Connection, run: int, status: Mapping[str, Any] | None) -
         for step, chosen in spec.get("routes", {}).items()
     }
     return {
-        "document_version": DOCUMENT_VERSION,
         **(status or reports.status(connection, run)),
         "project": row.project_name,
         "workflow_version": row.workflow_version,

@@ -65,10 +65,15 @@ def explain(name: str, item: str, *, home: Path | None, as_json: bool) -> None:
         put_json(story)
         return
     out = console()
-    out.print(facts({"run": story["run_id"], "workflow": f"{story['workflow']} {story['workflow_version']}"}))
-    out.print(facts({"pack": story["pack_hash"], "item": story["item_key"], "fields": story["item"]}))
-    for place in story["rankings"]:
-        out.print(facts({place["step"]: f"rank {place['rank']} of {place['of']}, score {place['score']:g}"}))
+    places = {
+        place["step"]: f"rank {place['rank']} of {place['of']}, score {place['score']:g}" for place in story["rankings"]
+    }
+    workflow = f"{story['workflow']} {story['workflow_version']}, pack {story['pack_hash'][:12]}"
+    known = {"run": story["run_id"], "workflow": workflow, "item": story["item_key"], "fields": story["item"]}
+    out.print(facts(known | places))
+    if story["ranking"]:
+        rows = [[place["rank"], place["item_key"], f"{place['score']:g}"] for place in story["ranking"]]
+        out.print(table(("rank>", "item", "score>"), rows))
     for call in story["calls"]:
         _print_call(out, call)
 

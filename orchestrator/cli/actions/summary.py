@@ -28,7 +28,7 @@ def print_summary(database: Database, settings: Settings, run: int, status: Mapp
                 _print_ranking(out, connection, run, step)
         _print_rationales(out, connection, run, [step for step in steps if step["kind"] == "reduce" and step["calls"]])
         by_step = costs.costs(connection, run, "step")
-        providers = {group["provider"] for group in costs.costs(connection, run, "provider")}
+        providers = records.providers_of(connection, run)
     if by_step:
         rows = [[one["step"], f"{one['calls']:,}", f"{one['attempts']:,}", f"${one['cost_usd']}"] for one in by_step]
         out.print(table(("step", "calls>", "attempts>", "cost>"), rows, "Cost by step"))
@@ -44,14 +44,12 @@ def _print_ranking(out: Console, connection: Connection, run: int, step: Mapping
     if not places:
         return
     answers = records.answers_of(connection, run, [place["item_key"] for place in places])
-    rule: dict[str, Any] = step.get("reduce") or {}
-    ranked = str(rule.get("step"))
     rows = [
         [
             place["rank"],
             place["item_key"],
             f"{place['score']:.2f}",
-            _rationale(answers.get(place["item_key"], {}).get(ranked)),
+            _rationale(answers.get(place["item_key"], {}).get(step["scored_step"])),
         ]
         for place in places
     ]
@@ -100,7 +98,7 @@ def _print_places(out: Console, settings: Settings, status: Mapping[str, Any]) -
     elif status["items"]["failed"]:
         hints.append(f'llm-orchestrator results {run_id} | grep \'"status": "failed"\'')
     for hint in hints:
-        out.print(safe(f"  {hint}"))
+        out.print(safe(f"Next: {hint}"))
 
 
 def _is_simulator(settings: Settings, provider: str) -> bool:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from sqlalchemy import Connection, insert, select
 
-from orchestrator.database import Database, batches, costs, fleet, intake, ledger, records, reports, runs
+from orchestrator.database import Database, batches, costs, fleet, intake, ledger, records, reports, runs, windows
 from orchestrator.database.tables import prompt_executions, verdicts, workflow_executions
 from orchestrator.errors import RunNotFound
 from orchestrator.runspec import Route, RunSpec
@@ -100,12 +100,12 @@ class Filled:
 
     def ask_reduce(self, answer: str | None) -> None:
         (window,) = intake.add_windows(self.connection, self.run, 0, [(-1, -1)], "verdict")
-        runs.open_window(self.connection, window, [call_row(self.run, "verdict", -1)])
+        windows.open_pending(self.connection, window, [call_row(self.run, "verdict", -1)])
         if answer is None:
             self.fail("verdict", -1)
         else:
             self.answer("verdict", -1, answer, 7)
-        runs.close_window(self.connection, window)
+        windows.close_done(self.connection, window)
 
     def rank(self, places: list[tuple[int, int, float]]) -> None:
         for position, (ordinal, rank, score) in enumerate(places):
@@ -168,7 +168,7 @@ def begin_run(connection: Connection, items: int = 3, run_id: str = "20261122-10
     (window,) = intake.add_windows(connection, run, 0, [(0, items - 1)])
     intake.complete_input(connection, run)
     rows = [call_row(run, step, ordinal) for step in ("look", "score") for ordinal in range(items)]
-    runs.open_window(connection, window, rows)
+    windows.open_pending(connection, window, rows)
     return Filled(connection, run, window)
 
 
@@ -187,7 +187,7 @@ def ended(filled: Filled) -> Filled:
     filled.fail("score", 1, 5)
     filled.skip("look", 2)
     filled.skip("score", 2)
-    runs.close_window(filled.connection, filled.window)
+    windows.close_done(filled.connection, filled.window)
     filled.rank([(0, 1, 8.0)])
     filled.ask_reduce("item-0 it is")
     filled.finish()
@@ -250,7 +250,7 @@ def test_a_lost_reduce_answer_fails_the_run(filled: Filled) -> None:
     for ordinal in range(3):
         filled.answer("look", ordinal, "fine", 1)
         filled.answer("score", ordinal, {"value": 1}, 1)
-    runs.close_window(filled.connection, filled.window)
+    windows.close_done(filled.connection, filled.window)
     filled.ask_reduce(None)
     assert filled.finish() == reports.Outcome("failed", "reduce_failed")
 
@@ -259,7 +259,7 @@ def test_a_run_whose_items_all_failed_has_failed(filled: Filled) -> None:
     for ordinal in range(3):
         filled.fail("look", ordinal)
         filled.skip("score", ordinal)
-    runs.close_window(filled.connection, filled.window)
+    windows.close_done(filled.connection, filled.window)
     assert filled.finish() == reports.Outcome("failed", "all_items_failed")
 
 
@@ -269,11 +269,11 @@ def test_an_item_that_failed_in_two_segments_counts_once(filled: Filled) -> None
         filled.fail("score", ordinal)
     filled.fail("look", 1)
     filled.answer("look", 2, "fine", 1)
-    runs.close_window(filled.connection, filled.window)
+    windows.close_done(filled.connection, filled.window)
     (window,) = intake.add_windows(filled.connection, filled.run, 1, [(0, 2)])
-    runs.open_window(filled.connection, window, [call_row(filled.run, "again", ordinal) for ordinal in range(3)])
+    windows.open_pending(filled.connection, window, [call_row(filled.run, "again", ordinal) for ordinal in range(3)])
     filled.fail("again", 0)
-    runs.close_window(filled.connection, window)
+    windows.close_done(filled.connection, window)
     assert reports.status(filled.connection, filled.run)["items"]["failed"] == 3
 
 
