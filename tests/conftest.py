@@ -8,6 +8,11 @@ from redis import Redis
 from tests.servers import PostgresServer, ValkeyServer, start_postgres, start_valkey
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Warnings are errors, but not those that Celery's own use of redis-py causes."""
+    config.addinivalue_line("filterwarnings", "ignore:Call to deprecated setex:DeprecationWarning")
+
+
 @pytest.fixture(scope="session")
 def valkey_server() -> Iterator[ValkeyServer]:
     """The session's Valkey; tests that stop or restart it start one of their own instead."""

@@ -1,0 +1,251 @@
+"""A whole installation of a test's own: broker, database, strict fake providers and real worker processes.
+
+Tests start runs through `WorkflowManager`, as the command line does, and look at the outcome from outside: in the
+database, in the worker's log, and in the books of the fake providers (`tests.history` compares them).
+"""
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+from redis import Redis
+from sqlalchemy import text
+
+from orchestrator.broker import all_queues, worker_command
+from orchestrator.config import ConfigManager
+from orchestrator.manager import RunRequest, StartedRun, WorkflowManager
+from tests.fakes.provider_server import RunningServer, running_server
+from tests.history import History, check_history
+from tests.packs import SURVEY, Pack
+from tests.servers import ValkeyServer, start_valkey, wait_until
+
+ROOT = Path(__file__).parent.parent
+INPUT_USD_PER_1K, OUTPUT_USD_PER_1K = "0.01", "0.03"
+ENDED = ("completed", "failed", "cancelled")
+GENEROUS = {"rate_limit_rpm": 6_000_000, "rate_limit_tpm": 90_000_000_000, "concurrency": 5_000, "burst": 100_000}
+HEARTBEAT_S, LEASE_S = 0.4, 2.0
+
+
+@dataclass
+class Worker:
+    """A worker process and its log."""
+
+    process: subprocess.Popen[bytes]
+    log_file: Path
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    def is_alive(self) -> bool:
+        return self.process.poll() is None
+
+    def signal(self, number: signal.Signals) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.pid, number)
+
+    def kill9(self) -> None:
+        """Ends it as a crash would."""
+        self.signal(signal.SIGCONT)
+        self.signal(signal.SIGKILL)
+        self.process.wait(10)
+
+    def sigterm(self, timeout_s: float = 30.0) -> float:
+        """Stops it in good order; returns the seconds it took."""
+        began = time.monotonic()
+        self.signal(signal.SIGTERM)
+        self.process.wait(timeout_s)
+        return time.monotonic() - began
+
+    def log(self) -> str:
+        return self.log_file.read_text("utf-8", errors="replace")
+
+    def has_started(self) -> bool:
+        assert self.is_alive(), f"the worker ended early:\n{self.log()[-3000:]}"
+        return "worker.started" in self.log()
+
+
+@dataclass
+class Engine:
+    """What `launch_engine` gives to a test."""
+
+    home: Path
+    config: ConfigManager
+    manager: WorkflowManager
+    valkey: ValkeyServer
+    fakes: dict[str, RunningServer]
+    environment: dict[str, str]
+    workers: list[Worker] = field(default_factory=list[Worker])
+
+    @property
+    def fake(self) -> RunningServer:
+        """The provider that is asked first."""
+        return self.fakes["main"]
+
+    def start_worker(self, queues: Sequence[str] | None = None, *, ready: bool = True) -> Worker:
+        """Starts a worker on all queues, or on some."""
+        number = len(self.workers)
+        log_file = self.home / f"worker{number}.log"
+        listened = all_queues(self.config.settings.providers) if queues is None else queues
+        command = [sys.executable, *worker_command(listened, self.config.settings.worker.shards, f"w{number}")]
+        with log_file.open("ab") as log:
+            process = subprocess.Popen(
+                command, cwd=self.home, env=self.environment, stdout=log, stderr=log, start_new_session=True
+            )
+        worker = Worker(process, log_file)
+        self.workers.append(worker)
+        if ready:
+            wait_until(worker.has_started, 30)
+        return worker
+
+    def start_run(
+        self,
+        items: int = 10,
+        pack: Pack = SURVEY,
+        *,
+        budget_usd: str | None = None,
+        salt: str = "",
+        **request: Any,
+    ) -> StartedRun:
+        """Begins a run over so many made-up items; `salt` makes them differ from those of other runs."""
+        file = self.home / f"items-{items}-{salt or 'plain'}.jsonl"
+        with file.open("w") as lines:
+            for number in range(items):
+                row = {"key": f"k{number}", "text": f"{salt} item number {number}", "size": number}
+                lines.write(json.dumps(row) + "\n")
+        budget = None if budget_usd is None else Decimal(budget_usd)
+        folder = pack.write(self.home / "packs")
+        plan = self.manager.plan(RunRequest(pack=str(folder), input=str(file), budget_usd=budget, **request))
+        return self.manager.execute_workflow(plan)
+
+    def status(self, run: StartedRun) -> dict[str, Any]:
+        return self.manager.track_progress(run.run)
+
+    def wait(self, run: StartedRun, *statuses: str, timeout_s: float = 40.0) -> dict[str, Any]:
+        """Waits until the run has ended, or has one of the given statuses; returns its status object."""
+        wanted = statuses or ENDED
+        with contextlib.suppress(TimeoutError):
+            wait_until(lambda: self.status(run)["status"] in wanted, timeout_s, 0.05)
+        status = self.status(run)
+        assert status["status"] in wanted, f"not {wanted} after {timeout_s} s: {status}\n{self.logs()[-6000:]}"
+        return status
+
+    def wait_calls(self, run: StartedRun, completed: int, timeout_s: float = 30.0) -> None:
+        """Waits until so many calls are completed."""
+        wait_until(lambda: self.status(run)["calls"]["completed"] >= completed, timeout_s, 0.02)
+
+    def wait_received(self, requests: int, timeout_s: float = 30.0) -> None:
+        """Waits until the first provider has received so many requests."""
+        wait_until(lambda: self.fake.provider.number >= requests, timeout_s, 0.01)
+
+    def rows(self, query: str, **values: Any) -> list[Any]:
+        """Rows of a query, for looking at what no public name tells."""
+        with self.manager.database.snapshot() as connection:
+            return list(connection.execute(text(query), values))
+
+    def redis(self) -> Redis:
+        return Redis.from_url(self.valkey.url)
+
+    def check(self, run: StartedRun, **allowed: Any) -> History:
+        """Runs the history checker (`tests.history`) over a run."""
+        return check_history(self.manager.database, run.run, [fake.log() for fake in self.fakes.values()], **allowed)
+
+    def logs(self) -> str:
+        return "\n".join(f"== worker {at}\n{worker.log()}" for at, worker in enumerate(self.workers))
+
+    def stop(self) -> None:
+        """Ends every worker at once."""
+        for worker in self.workers:
+            if worker.is_alive():
+                worker.kill9()
+
+
+@contextmanager
+def launch_engine(
+    *,
+    database_url: str | None = None,
+    providers: Mapping[str, Mapping[str, Any]] | None = None,
+    settings: Mapping[str, Mapping[str, Any]] | None = None,
+    fakes: Mapping[str, Mapping[str, Any]] | None = None,
+    workers: int = 1,
+) -> Iterator[Engine]:
+    """An installation that is gone at the end, whatever happened.
+
+    Args:
+        database_url: None is SQLite in the home directory.
+        providers: settings of `main` and `spare` in the configuration file, on top of generous limits.
+        settings: further sections of the configuration file.
+        fakes: options of the fake services behind `main` and `spare` (`ServerOptions`).
+        workers: how many to start, on all queues.
+    """
+    home = Path(tempfile.mkdtemp(prefix="eng", dir="/tmp"))
+    with ExitStack() as held:
+        held.callback(shutil.rmtree, home, ignore_errors=True)
+        valkey = held.enter_context(start_valkey())
+        servers = {
+            name: held.enter_context(running_server(log=str(home / f"{name}.log"), **dict((fakes or {}).get(name, {}))))
+            for name in ("main", "spare")
+        }
+        sections: dict[str, Mapping[str, Any]] = {
+            "global": {"default_provider": "main"},
+            "worker": {"heartbeat_seconds": HEARTBEAT_S, "lease_seconds": LEASE_S, "drain_seconds": 8.0},
+        }
+        for section, values in (settings or {}).items():
+            sections[section] = {**sections.get(section, {}), **values}
+        for name, server in servers.items():
+            own = dict((providers or {}).get(name, {}))
+            sections[f"llm_providers.{name}"] = {**_provider(server), **own}
+        (home / "llm-orchestrator.toml").write_text(_toml(sections))
+        environment = {
+            "PATH": os.environ["PATH"],  # noqa: TID251 - the environment of a process that we start
+            "HOME": str(home),
+            "PYTHONPATH": str(ROOT),
+            "REDIS_URL": valkey.url,
+            "LLM_ORCHESTRATOR_HOME": str(home / "data"),
+            **({} if database_url is None else {"DATABASE_URL": database_url}),
+        }
+        config = ConfigManager(cwd=home, environ=environment, user_config=home / "none.toml")
+        manager = held.enter_context(WorkflowManager(config))
+        manager.database.migrate()
+        engine = Engine(home, config, manager, valkey, servers, environment)
+        held.callback(engine.stop)
+        started = [engine.start_worker(ready=False) for _ in range(workers)]
+        for worker in started:
+            wait_until(worker.has_started, 30)
+        try:
+            yield engine
+        except BaseException:
+            print(engine.logs()[-8000:])
+            raise
+
+
+def _provider(server: RunningServer) -> dict[str, Any]:
+    return {
+        "dialect": "openai",
+        "base_url": server.base_url,
+        "default_model": "fake-model",
+        "cost_per_1k_input_tokens": float(INPUT_USD_PER_1K),
+        "cost_per_1k_output_tokens": float(OUTPUT_USD_PER_1K),
+        **GENEROUS,
+    }
+
+
+def _toml(sections: Mapping[str, Mapping[str, Any]]) -> str:
+    lines: list[str] = []
+    for section, values in sections.items():
+        lines.append(f"[{section}]")
+        # Numbers, booleans, strings and lists of strings are written alike in TOML and JSON.
+        lines += [f"{key} = {json.dumps(value)}" for key, value in values.items()]
+    return "\n".join(lines) + "\n"
