@@ -48,6 +48,7 @@ class RunRequest:
         limit: take only so many items from the top.
         sample: take so many items chosen by a hash of `seed` and key.
         budget_usd: of the run; None takes the configured one, else the workflow's.
+        allow_unpriced: send calls although nobody knows their price; they are booked at zero.
     """
 
     pack: str
@@ -60,6 +61,7 @@ class RunRequest:
     sample: int | None = None
     seed: int = 0
     budget_usd: Decimal | None = None
+    allow_unpriced: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -303,6 +305,7 @@ class WorkflowManager:
             workflow_provider=configured.get("provider"),
             workflow_model=configured.get("model"),
             fallback_provider=self._settings.global_.fallback_provider,
+            allow_unpriced=request.allow_unpriced,
         )
         routes: dict[str, tuple[Route, ...]] = {}
         for step in workflow.steps:

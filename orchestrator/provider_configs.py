@@ -12,7 +12,7 @@ from orchestrator.errors import Problem, did_you_mean
 from orchestrator.provider_keys import KeysRead, Lookup, looks_like_key, read_keys
 from orchestrator.settings import ConfigDocument, LLMProviderConfig, ProviderSection
 from providers.base import DIALECTS
-from providers.catalog import ProviderEntry, load_catalog
+from providers.catalog import ProviderEntry, at_address, load_catalog
 from providers.pricing import Price, override_price
 
 SIMULATOR = "simulator"
@@ -57,6 +57,7 @@ def build_providers(document: ConfigDocument, gathered: Gathered, lookup: Lookup
         if faults := list(_section_problems(name, section, row, gathered, place)):
             built.problems.extend(faults)
             continue
+        row = at_address(row, section.base_url) if row else None
         read = _read_keys(section, row, lookup)
         built.warnings.extend(read.warnings)
         if read.problems:

@@ -28,6 +28,7 @@ class Preferences:
         workflow_provider, workflow_model: the installation's settings for this workflow.
         default_provider: of the installation.
         fallback_provider: of the installation.
+        allow_unpriced: send calls although nobody knows their price; they are booked at zero.
     """
 
     default_provider: str
@@ -36,6 +37,7 @@ class Preferences:
     workflow_provider: str | None = None
     workflow_model: str | None = None
     fallback_provider: str | None = None
+    allow_unpriced: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +74,7 @@ def choose(
             message = f"step {step.name!r} asks {name!r}, which is not a configured provider"
             problems.append(Problem("route.unknown-provider", message, place, did_you_mean(name, providers)))
             continue
-        found = _route(workflow, step, config, model, reason, price_of, place)
+        found = _route(workflow, step, config, model, reason, price_of, place, wishes.allow_unpriced)
         if isinstance(found, Problem):
             problems.append(found)
         elif all((found.provider, found.model) != (other.provider, other.model) for other in routes):
@@ -111,6 +113,7 @@ def _route(
     reason: str,
     price_of: PriceLookup,
     place: str,
+    allow_unpriced: bool,
 ) -> Route | Problem:
     wanted = model or config.default_model
     if wanted is None:
@@ -121,10 +124,10 @@ def _route(
     price = price_of(catalog_name, resolved, config.price)
     if price is None and config.local:
         price = Price(0, 0, 0, "local")
-    if price is None and not config.allow_unpriced:
+    if price is None and not (config.allow_unpriced or allow_unpriced):
         message = f"nobody knows the price of model {resolved!r} at provider {config.name!r}"
         hint = f"set cost_per_1k_input_tokens and cost_per_1k_output_tokens in [llm_providers.{config.name}]"
-        return Problem("route.unknown-price", message, place, f"{hint}, or allow_unpriced = true")
+        return Problem("route.unknown-price", message, place, f"{hint}, or use --allow-unpriced")
     known = find_model(catalog_name, resolved)
     cap = _first(step.route.max_output_tokens, workflow.routing.max_output_tokens) or config.max_tokens
     return Route(

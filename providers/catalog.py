@@ -13,6 +13,7 @@ from decimal import Decimal
 from functools import cache
 from importlib.resources import files
 from typing import Literal
+from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -72,6 +73,13 @@ class ModelEntry(_Row):
     price: PriceRow | None = None
 
 
+class Elsewhere(_Row):
+    """What is assumed of a service when its requests go to an address that is not its own."""
+
+    concurrency: int
+    options: Mapping[str, object]
+
+
 class Alias(_Row):
     """Old names of one service, and the model that stands in for them."""
 
@@ -84,6 +92,7 @@ class Catalog(_Row):
     """All rows of `catalog.toml`, in file order."""
 
     providers: Mapping[str, ProviderEntry]
+    elsewhere: Elsewhere
     models: tuple[ModelEntry, ...]
     aliases: tuple[Alias, ...]
 
@@ -105,6 +114,25 @@ def provider_names() -> tuple[str, ...]:
 def find_provider(name: str) -> ProviderEntry | None:
     """Return the service's row, or None when the catalog does not know the name."""
     return load_catalog().providers.get(name)
+
+
+def at_address(entry: ProviderEntry, base_url: str | None) -> ProviderEntry:
+    """Return the row as it holds for requests that go to `base_url`, which need not be the vendor's own address."""
+    own = urlsplit(entry.base_url or "").hostname
+    if entry.local or base_url is None or urlsplit(base_url).hostname == own:
+        return entry
+    elsewhere = load_catalog().elsewhere
+    return entry.model_copy(
+        update={
+            "base_url": base_url,
+            "key_required": False,
+            "rpm": None,
+            "tpm": None,
+            "burst": None,
+            "concurrency": elsewhere.concurrency,
+            "options": elsewhere.options,
+        }
+    )
 
 
 def find_model(provider: str, model: str) -> ModelEntry | None:

@@ -16,7 +16,7 @@ from typing import Any, Literal, cast
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from providers.base import ClientFactory, ProviderSettings
-from providers.catalog import ModelEntry, Sampling, find_model, find_provider
+from providers.catalog import ModelEntry, Sampling, at_address, find_model, find_provider
 from providers.errors import MalformedReply, Unavailable
 from providers.headers import rate_limit_hint
 from providers.http import HttpReply
@@ -239,7 +239,11 @@ def is_strict(schema: object) -> bool:
 
 
 def _options_of(settings: ProviderSettings) -> OpenAIOptions:
-    row = find_provider(str(settings.options.get("catalog") or settings.name))
+    named = settings.options.get("catalog")
+    row = find_provider(str(named or settings.name))
+    if row is not None and not named:
+        # Another server that answers under the vendor's name need not know the vendor's newest fields.
+        row = at_address(row, settings.base_url)
     standing: Mapping[str, object] = row.options if row is not None and row.dialect == settings.dialect else {}
     try:
         return OpenAIOptions.model_validate({**standing, **settings.options})

@@ -136,6 +136,7 @@ class LLMClient:
         self._stop_run = stop_run
         self._note_wait = note_wait
         self.in_flight = 0
+        self.waiting_for_permits = 0
 
     async def send_prompt(self, job: Job) -> None:
         """Asks one pending call until it ends, or is put back for another worker, time or route.
@@ -145,6 +146,9 @@ class LLMClient:
         asking: _Asking | None = _Asking(job.call.route_index, job.call.route_attempts, job.call.reasks)
         while asking is not None and self._may_go_on(job.run.number):
             asking = await self._attempt(job, asking)
+        if asking is not None:
+            # The run stopped between two attempts. Nobody frees what a live worker holds, so it must go back.
+            await self._release(job, asking, CallEnd("pending"))
 
     def select_provider(self, job: Job, index: int) -> Route:
         """The route at a place of the fallback chain; the last one if the chain is shorter."""
@@ -218,9 +222,13 @@ class LLMClient:
         self, job: Job, asking: _Asking, gate: Gate, route: Route, request: ChatRequest
     ) -> "_Sent | _Asking | None":
         tokens = round(_input_tokens(job, asking) * INPUT_MARGIN) + request.max_output_tokens
-        permit = await self.handle_rate_limits(job, gate, route, tokens)
+        self.waiting_for_permits += 1
+        try:
+            permit = await self.handle_rate_limits(job, gate, route, tokens)
+        finally:
+            self.waiting_for_permits -= 1
         if permit is None:
-            return None
+            return asking
         if isinstance(permit, Refused):
             await self._put_off(job, asking, permit)
             return None

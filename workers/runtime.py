@@ -230,10 +230,17 @@ class Runtime:
 
     async def _beat_once(self) -> None:
         waits, self._waits = self._waits, Counter()
-        bound_by = waits.most_common(1)[0][0] if waits else ("provider" if self._client.in_flight else None)
+        bound_by = self._bound_by(waits)
         stopped = await asyncio.to_thread(self._beat_in_database, self._client.in_flight, bound_by)
         self._halted |= stopped
         await self._reconciler.look(set(self._at_work))
+
+    def _bound_by(self, waits: Counter[str]) -> str | None:
+        if waits:
+            return waits.most_common(1)[0][0]
+        if self._client.waiting_for_permits:
+            return "rate_limit"
+        return "provider" if self._client.in_flight else None
 
     def _beat_in_database(self, in_flight: int, bound_by: str | None) -> set[int]:
         with self._database.transaction() as connection:
