@@ -1,7 +1,7 @@
 """The form in which an answer lies in the cache."""
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +21,15 @@ class CachedAnswer:
 
     def to_json(self) -> str:
         """JSON text that `from_json` reads back."""
-        return json.dumps(asdict(self))
+        return json.dumps(
+            {
+                "answer": self.answer,
+                "quality": self.quality,
+                "provider": self.provider,
+                "model": self.model,
+                "cost_nusd": self.cost_nusd,
+            }
+        )
 
     @classmethod
     def from_json(cls, text: str) -> "CachedAnswer":

@@ -30,6 +30,9 @@ class StepKit:
         reduce_steps: earlier reduce steps that ask.
         rankings: earlier ranking steps.
         schema: JSON Schema of the answer; None for text.
+        schema_tokens: our estimate of what the schema adds to a request.
+        schema_upper: an upper bound of the same.
+        shape: hash of everything in the step that shapes an answer, apart from route and messages.
     """
 
     step: Step
@@ -40,6 +43,9 @@ class StepKit:
     rankings: tuple[str, ...]
     condition: Condition | None
     schema: Mapping[str, Any] | None
+    schema_tokens: int
+    schema_upper: int
+    shape: str
     processor: ResultProcessor
 
 
@@ -106,8 +112,8 @@ class PreparedRun:
             messages=messages,
             text=text,
             messages_hash=sha256(text.encode()).hexdigest(),
-            input_tokens=estimate_messages(messages, kit.schema),
-            input_upper=upper_bound(messages, kit.schema),
+            input_tokens=estimate_messages(messages) + kit.schema_tokens,
+            input_upper=upper_bound(messages) + kit.schema_upper,
         )
 
     def _kit(self, step: Step) -> StepKit:
@@ -123,24 +129,19 @@ class PreparedRun:
             rankings=tuple(one.name for one in earlier if one.kind == "reduce" and not one.asks()),
             condition=None if step.when is None else compile_condition(step.when),
             schema=schema,
+            # Known once per step: at thousands of calls a second, writing the schema again and again shows.
+            schema_tokens=estimate_messages((), schema) - estimate_messages(()),
+            schema_upper=upper_bound((), schema) - upper_bound(()),
+            shape=sha256(json.dumps((schema, step.answer.format), sort_keys=True).encode()).hexdigest(),
             processor=ResultProcessor(step.answer, schema),
         )
 
 
 def cache_key(kit: StepKit, route: Route, prompt: Prompt, repeat: int) -> str:
     """Hash of everything that shapes an answer: route, parameters, messages, schema, and which repeat it is."""
-    shaping: Sequence[Any] = (
-        route.provider,
-        route.model,
-        route.max_output_tokens,
-        route.temperature,
-        route.seed,
-        prompt.messages_hash,
-        kit.schema,
-        kit.step.answer.format,
-        repeat,
-    )
-    return sha256(json.dumps(shaping, sort_keys=True).encode()).hexdigest()
+    parameters = (route.provider, route.model, route.max_output_tokens, route.temperature, route.seed)
+    shaping = repr((parameters, kit.shape, prompt.messages_hash, repeat))
+    return sha256(shaping.encode()).hexdigest()
 
 
 def find_run(connection: Connection, number: int) -> PreparedRun:
