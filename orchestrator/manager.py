@@ -398,17 +398,13 @@ class WorkflowManager:
             ledger.set_limit(connection, ledger.run_scope(run), limit_nusd)
 
     def _orchestrator(self) -> WorkflowOrchestrator:
-        return WorkflowOrchestrator(self._database, self._app(), _leave_to_workers)
+        return WorkflowOrchestrator(self._database, self._app())
 
     def _app(self) -> Celery:
         if self._redis_url is None:
             problem = Problem("broker.missing", "no broker is named", "REDIS_URL", "set REDIS_URL, or use `run`")
             raise EnvironmentNotReady(problem)
         return make_app(self._redis_url, tuple(self._settings.providers), self._settings.queue_prefix)
-
-
-def _leave_to_workers(_run: int) -> None:
-    """Result files are written where a run ends, and a producer ends none: it only publishes."""
 
 
 def _collect(problems: list[Problem], read: Callable[[], dict[str, Any]]) -> dict[str, Any] | None:

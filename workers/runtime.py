@@ -15,7 +15,7 @@ import random
 import socket
 import threading
 from collections import Counter
-from collections.abc import Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
@@ -45,6 +45,9 @@ from workers.writer import BatchWriter
 log = structlog.get_logger(__name__)
 T = TypeVar("T")
 
+CONNECTIONS = 12
+"""To the database: the writer's, and those of the few threads that read shards, close windows and look after others."""
+
 
 class Runtime:
     """Everything a worker process owns. Built once, by the first signal that Celery sends (`workers.tasks`).
@@ -60,7 +63,7 @@ class Runtime:
         self._settings: Settings = config.settings
         self.worker_id = f"{socket.gethostname()}:{os.getpid()}:{random.getrandbits(24):06x}"
         self._queues = tuple(queues)
-        self._database = Database(self._settings.database_url)
+        self._database = Database(self._settings.database_url, CONNECTIONS)
         self.orchestrator = WorkflowOrchestrator(self._database, app, self._save_results)
         self._prepared: dict[int, PreparedRun] = {}
         self._halted: set[int] = set()
@@ -70,7 +73,7 @@ class Runtime:
         self._draining = False
         self._loop = asyncio.new_event_loop()
         self._loop_thread = threading.Thread(target=self._loop.run_forever, name="calls", daemon=True)
-        self._beat: Future[None] | None = None
+        self._rounds: list[Future[None]] = []
         # Tasks that nobody holds may be collected before they have run.
         self._pausing: set[asyncio.Task[None]] = set()
 
@@ -102,7 +105,9 @@ class Runtime:
             )
         self._writer = BatchWriter(self._database, self._loop)
         self.run(self._open())
-        self._beat = asyncio.run_coroutine_threadsafe(self._beat_for_ever(), self._loop)
+        # Two rounds, because a repair may take longer than a lease, and a beat must never wait for it.
+        for work_to_do in (self._beat_once, self._look_once):
+            self._rounds.append(asyncio.run_coroutine_threadsafe(self._for_ever(work_to_do), self._loop))
         log.info("worker.started", worker=self.worker_id, queues=list(self._queues))
 
     def run(self, work_to_do: Coroutine[Any, Any, T]) -> T:
@@ -120,8 +125,8 @@ class Runtime:
     def stop(self) -> None:
         """Puts back what is still held and closes everything. Call it once, when the shards are done or given up."""
         self.stop_claiming()
-        if self._beat is not None:
-            self._beat.cancel()
+        for endless in self._rounds:
+            endless.cancel()
         self.run(self._close())
         self._writer.stop()
         with self._database.transaction() as connection:
@@ -219,13 +224,13 @@ class Runtime:
     def _save_results(self, run: int) -> None:
         save_run(self._database, FileManager(self._settings.home), run)
 
-    async def _beat_for_ever(self) -> None:
+    async def _for_ever(self, work_to_do: Callable[[], Coroutine[Any, Any, None]]) -> None:
         every = self._settings.worker.heartbeat_s
         while True:
             try:
-                await self._beat_once()
+                await work_to_do()
             except (DatabaseUnavailable, RedisError, OSError) as error:
-                log.warning("heartbeat.failed", error=str(error))
+                log.warning("worker.round_failed", error=str(error))
             await asyncio.sleep(every * random.uniform(0.9, 1.0))
 
     async def _beat_once(self) -> None:
@@ -233,6 +238,8 @@ class Runtime:
         bound_by = self._bound_by(waits)
         stopped = await asyncio.to_thread(self._beat_in_database, self._client.in_flight, bound_by)
         self._halted |= stopped
+
+    async def _look_once(self) -> None:
         await self._reconciler.look(set(self._at_work))
 
     def _bound_by(self, waits: Counter[str]) -> str | None:
