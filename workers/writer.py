@@ -98,16 +98,25 @@ class BatchWriter:
         while True:
             try:
                 answers = self._commit([one.wish for one in batch])
-            except DatabaseUnavailable as error:
+            except (DatabaseUnavailable, ValueError, OverflowError) as error:
                 if not _may_pass(error) or self._stopping.is_set():
-                    self._resolve([(one.answer, error) for one in batch])
+                    self._give_up(batch, error)
                     return
-                log.warning("database.unavailable", error=str(error.orig), waiting=len(batch), again_in_s=wait_s)
+                told = str(getattr(error, "orig", error))
+                log.warning("database.unavailable", error=told, waiting=len(batch), again_in_s=wait_s)
                 self._stopping.wait(wait_s)
                 wait_s = min(REPEAT_MOST_S, wait_s * 2)
             else:
                 self._resolve(list(zip((one.answer for one in batch), answers, strict=True)))
                 return
+
+    def _give_up(self, batch: Sequence[_Waiting], error: Exception) -> None:
+        """Tells the one wish that the database refuses; the others of its batch are written without it."""
+        if len(batch) == 1 or self._stopping.is_set():
+            self._resolve([(one.answer, error) for one in batch])
+            return
+        for one in batch:
+            self._write([one])
 
     def _commit(self, wishes: Sequence[Wish]) -> list[Any]:
         claims = [wish for wish in wishes if isinstance(wish, batches.Claim)]
@@ -136,8 +145,10 @@ def _set_answers(answered: "Sequence[tuple[asyncio.Future[Any], Any]]") -> None:
             future.set_result(answer)
 
 
-def _may_pass(error: DatabaseUnavailable) -> bool:
+def _may_pass(error: Exception) -> bool:
     """Whether the database may accept the same batch later: it is away, busy or shutting down, not contradicting."""
+    if not isinstance(error, DatabaseUnavailable):
+        return False
     if error.connection_invalidated:
         return True
     state = getattr(error.orig, "sqlstate", None)

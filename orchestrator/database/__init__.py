@@ -86,7 +86,15 @@ class Database:
             yield connection
 
     def migrate(self) -> None:
-        """Brings the schema to this release. Safe to repeat, and safe when several processes do it at once."""
+        """Brings the schema to this release. Safe to repeat, and safe when several processes do it at once.
+
+        Raises:
+            DatabaseUnavailable: it does not answer.
+            SchemaOutdated: a newer release wrote it.
+        """
+        found = migrate.current_revision(self._engine)
+        if found is not None and not migrate.is_known(self._engine, found):
+            raise SchemaOutdated(found, migrate.head_revision(self._engine))
         migrate.upgrade(self._engine)
 
     def check(self) -> None:

@@ -8,7 +8,7 @@ random token, a settlement by the attempt that is no longer open.
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from sqlalchemy import Connection, select
@@ -17,7 +17,8 @@ from orchestrator.database import cache, ledger, runs, windows
 from orchestrator.database.engine import AnyRow
 from orchestrator.database.tables import llm_usage
 
-OpenAttempts = dict[tuple[int, int], AnyRow]
+TAKEN_OVER = "taken_over"
+"""Error code of an attempt whose call somebody else held when its outcome came."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +136,8 @@ def _may_claim(wish: Claim, row: AnyRow) -> bool:
     if row.run_status != "running":
         return False
     if wish.held_fence is None:
-        return row.status == "pending"
+        # Put off or sent to another route since it was read: whoever comes for that will see it as it is now.
+        return row.status == "pending" and row.is_due and row.llm_provider == wish.provider
     return row.status == "running" and row.fence == wish.held_fence and row.worker_id == wish.worker
 
 
@@ -190,6 +192,7 @@ def settle(connection: Connection, settlements: Sequence[Settlement]) -> list[bo
     A late attempt keeps its cost and its response as `stale`: money spent is money spent, but the answer of the
     successor stands.
     """
+    late: list[tuple[int, int, int, int]] = []
     rows = runs.lock_calls(connection, (one.call for one in settlements))
     attempts = ledger.find_attempts(connection, rows)
     booked: list[tuple[AnyRow, ledger.Usage]] = []
@@ -197,40 +200,47 @@ def settle(connection: Connection, settlements: Sequence[Settlement]) -> list[bo
     answers: list[bool] = []
     for one in settlements:
         row, attempt = rows.get(one.call), attempts.get((one.call, one.number))
-        if row is None or attempt is None or attempt.status == one.usage.status:
+        if row is None or attempt is None:
+            answers.append(False)
+            continue
+        if not _may_change(attempt, one.usage):
             # Already settled: this is the repetition of a commit whose outcome was not known.
-            answers.append(row is not None)
+            answers.append(attempt.error_code not in (TAKEN_OVER, ledger.WORKER_LOST))
             continue
         mine = row.status == "running" and row.fence == one.fence and row.worker_id == one.worker
         mine = mine and attempt.status != "unknown"
         booked.append((attempt, one.usage if mine else _as_stale(one.usage)))
         answers.append(mine)
+        tokens = [min(count, ledger.MOST_TOKENS) for count in (one.usage.input_tokens, one.usage.output_tokens)]
         if mine:
-            used = one.usage
-            ends.append((one.call, one.end, one.text, used.input_tokens, used.output_tokens, used.cost_nusd))
+            ends.append((one.call, _end_of(row, one.end), one.text, tokens[0], tokens[1], one.usage.cost_nusd))
+        else:
+            before = attempt.cost_nusd if attempt.status == "unknown" else 0
+            late.append((one.call, tokens[0], tokens[1], one.usage.cost_nusd - before))
     ledger.settle(connection, booked)
     runs.end_calls(connection, ends)
+    runs.add_costs(connection, late)
     windows.note_progress(connection, (rows[end[0]].window_id for end in ends))
     cache.store(connection, [one.keep for one, mine in zip(settlements, answers, strict=True) if mine and one.keep])
     return answers
 
 
+def _may_change(attempt: AnyRow, usage: ledger.Usage) -> bool:
+    """Whether an attempt is open, or was booked as unknown and its outcome is known now."""
+    if attempt.status == "unknown":
+        return usage.status != "unknown"
+    return attempt.status in ledger.OPEN_ATTEMPT
+
+
 def _as_stale(usage: ledger.Usage) -> ledger.Usage:
-    return ledger.Usage(
-        status="stale",
-        input_tokens=usage.input_tokens,
-        output_tokens=usage.output_tokens,
-        cached_tokens=usage.cached_tokens,
-        estimated=usage.estimated,
-        cost_nusd=usage.cost_nusd,
-        latency_ms=usage.latency_ms,
-        http_status=usage.http_status,
-        request_id=usage.request_id,
-        model_answered=usage.model_answered,
-        error_code=usage.error_code or "taken_over",
-        error_message=usage.error_message,
-        response=usage.response,
-    )
+    return replace(usage, status="stale", error_code=TAKEN_OVER)
+
+
+def _end_of(row: AnyRow, end: runs.CallEnd) -> runs.CallEnd:
+    """The end as it was meant, but nothing goes back into a run that was cancelled meanwhile."""
+    if row.run_status == "cancelled" and end.status == "pending":
+        return replace(end, status="cancelled", next_at_s=None)
+    return end
 
 
 def close(connection: Connection, closings: Sequence[Closing]) -> list[bool]:
@@ -238,7 +248,7 @@ def close(connection: Connection, closings: Sequence[Closing]) -> list[bool]:
     rows = runs.lock_calls(connection, (one.call for one in closings))
     answers = [one.call in rows and _is_as_said(one, rows[one.call]) for one in closings]
     ended = [one for one, mine in zip(closings, answers, strict=True) if mine]
-    runs.end_calls(connection, [(one.call, one.end, one.text, 0, 0, 0) for one in ended])
+    runs.end_calls(connection, [(one.call, _end_of(rows[one.call], one.end), one.text, 0, 0, 0) for one in ended])
     windows.note_progress(connection, (rows[one.call].window_id for one in ended))
     return answers
 

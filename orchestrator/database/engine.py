@@ -8,8 +8,10 @@ cannot block the others for long.
 
 import sqlite3
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from threading import Event
+from time import monotonic
 from typing import Any
 
 from sqlalchemy import (
@@ -25,8 +27,9 @@ from sqlalchemy import (
     literal_column,
     make_url,
 )
-from sqlalchemy.engine.interfaces import DBAPIConnection
-from sqlalchemy.exc import ArgumentError
+from sqlalchemy.engine.interfaces import DBAPIConnection, DBAPICursor
+from sqlalchemy.exc import ArgumentError, OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.pool import ConnectionPoolEntry
 
 AnyRow = Row[*tuple[Any, ...]]
@@ -50,6 +53,8 @@ def parse_url(text: str) -> URL:
         raise ValueError("DATABASE_URL is not a URL; expected sqlite:///FILE or postgresql://HOST/NAME") from None
     match url.drivername:
         case "sqlite" | "sqlite+pysqlite":
+            if url.database in (None, "", ":memory:"):
+                raise ValueError("DATABASE_URL names no file; every process of a run must see the same database")
             return url.set(drivername="sqlite")
         case "postgres" | "postgresql" | "postgresql+psycopg":
             return url.set(drivername="postgresql+psycopg")
@@ -58,7 +63,7 @@ def parse_url(text: str) -> URL:
 
 
 def open_engine(url: URL, pool_size: int = 6) -> Engine:
-    """Opens an engine; nothing is connected yet. The directory of an SQLite file is created.
+    """Opens an engine; nothing is connected yet. The directory of an SQLite file is created when it connects first.
 
     Args:
         url: from `parse_url`.
@@ -85,14 +90,20 @@ def open_engine(url: URL, pool_size: int = 6) -> Engine:
 
 
 def _open_sqlite(url: URL, pool_size: int) -> Engine:
-    if url.database and url.database != ":memory:":
-        Path(url.database).parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     engine = create_engine(
         url,
         pool_size=pool_size,
         max_overflow=0,
         connect_args={"timeout": SQLITE_BUSY_MS / 1000, "check_same_thread": False},
     )
+
+    directory = Path(url.database or "").parent
+
+    @event.listens_for(engine, "do_connect")
+    def make_directory(*_: object) -> None:  # pyright: ignore[reportUnusedFunction]  # registered by the decorator
+        # What cannot be made is told by the driver a moment later, as the error that every caller knows.
+        with suppress(OSError):
+            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
 
     @event.listens_for(engine, "connect")
     def prepare(connection: DBAPIConnection, _entry: ConnectionPoolEntry) -> None:  # pyright: ignore[reportUnusedFunction]  # registered by the decorator
@@ -102,7 +113,7 @@ def _open_sqlite(url: URL, pool_size: int) -> Engine:
         ):
             connection.isolation_level = None
         cursor = connection.cursor()
-        cursor.execute("PRAGMA journal_mode=WAL")
+        _use_wal(cursor)
         cursor.execute("PRAGMA synchronous=FULL")
         cursor.execute("PRAGMA foreign_keys=ON")
         cursor.execute(f"PRAGMA busy_timeout={SQLITE_BUSY_MS}")
@@ -116,6 +127,20 @@ def _open_sqlite(url: URL, pool_size: int) -> Engine:
     return engine
 
 
+def _use_wal(cursor: DBAPICursor) -> None:
+    """Switches a file to WAL, which takes it exclusively for a moment and does not wait for others that do the same."""
+    deadline = monotonic() + SQLITE_BUSY_MS / 1000
+    while True:
+        try:
+            cursor.execute("PRAGMA journal_mode=WAL")
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or monotonic() > deadline:
+                raise
+            Event().wait(0.01)
+        else:
+            return
+
+
 def now(connection: Connection) -> ColumnElement[float]:
     """The database's clock as a column: seconds since the epoch, with at least milliseconds."""
     if connection.dialect.name == "sqlite":
@@ -126,12 +151,20 @@ def now(connection: Connection) -> ColumnElement[float]:
 @contextmanager
 def writing(engine: Engine) -> Generator[Connection]:
     """One transaction that writes; commits at the end, rolls back when the block raises."""
-    with engine.connect().execution_options(writes=True) as connection, connection.begin():
+    with _connect(engine).execution_options(writes=True) as connection, connection.begin():
         yield connection
 
 
 @contextmanager
 def reading(engine: Engine) -> Generator[Connection]:
     """One transaction that only reads: a consistent picture on SQLite, read-committed on Postgres."""
-    with engine.connect() as connection, connection.begin():
+    with _connect(engine) as connection, connection.begin():
         yield connection
+
+
+def _connect(engine: Engine) -> Connection:
+    try:
+        return engine.connect()
+    except PoolTimeout as error:
+        # All connections are waiting for the database: for our callers the same as no connection at all.
+        raise OperationalError("connect", None, error) from error

@@ -76,8 +76,11 @@ def _free(connection: Connection, gone: list[str], *, lost: bool) -> Freed:
         llm_usage.c.worker_id.in_(gone), llm_usage.c.status.in_(ledger.OPEN_ATTEMPT)
     )
     with_attempts = set(connection.execute(held).scalars())
-    attempts = ledger.find_attempts(connection, sorted(with_attempts)) if with_attempts else {}
-    unknown = ledger.book_unknown(connection, [row for row in attempts.values() if row.status in ledger.OPEN_ATTEMPT])
+    runs.lock_calls(connection, with_attempts)
+    attempts = ledger.find_attempts(connection, with_attempts)
+    lost_attempts = [row for row in attempts.values() if row.status in ledger.OPEN_ATTEMPT and row.worker_id in gone]
+    unknown = ledger.book_unknown(connection, lost_attempts)
+    runs.add_costs(connection, [(row.prompt_execution_id, 0, 0, row.reserved_nusd) for row in lost_attempts])
     runs.free_calls(connection, calls, lost=lost)
     connection.execute(delete(workers).where(workers.c.id.in_(gone)))
     return Freed(len(set(gone)), len(calls), unknown)

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from sqlalchemy import Connection, bindparam, func, insert, select, update
+from sqlalchemy.dialects import postgresql, sqlite
 
 from orchestrator.database.engine import AnyRow, now
 from orchestrator.database.tables import budgets, llm_usage
@@ -27,6 +28,10 @@ NUSD = 1_000_000_000
 
 AttemptStatus = Literal["reserved", "sent", "ok", "bad_output", "refused", "retryable", "fatal", "unknown", "stale"]
 OPEN_ATTEMPT = ("reserved", "sent")
+MOST_TOKENS = 100_000_000
+"""Of one attempt; a provider that reports more is wrong, and sums must fit into the columns."""
+WORKER_LOST = "worker_lost"
+"""Error code of an attempt that nobody settled, because its worker died."""
 
 
 def run_scope(run: int) -> str:
@@ -79,15 +84,14 @@ def set_limit(connection: Connection, scope: str, limit_nusd: int | None) -> Bud
     """Creates the budget of a scope, or changes its limit.
 
     A limit below what is already spent and reserved cannot be kept, so it is raised to that sum: nothing new is sent,
-        and
-    what is in flight may settle. Safe to repeat.
+    and what is in flight may settle. Safe to repeat.
     """
-    row = connection.execute(select(budgets).where(budgets.c.scope == scope).with_for_update()).one_or_none()
-    if row is None:
-        connection.execute(insert(budgets).values(scope=scope, limit_nusd=limit_nusd))
-    else:
-        kept = limit_nusd if limit_nusd is None else max(limit_nusd, row.spent_nusd + row.reserved_nusd)
-        connection.execute(update(budgets).where(budgets.c.scope == scope).values(limit_nusd=kept))
+    dialect = sqlite if connection.dialect.name == "sqlite" else postgresql
+    # Two producers may create the global budget at the same time.
+    connection.execute(dialect.insert(budgets).values(scope=scope, limit_nusd=limit_nusd).on_conflict_do_nothing())
+    row = connection.execute(select(budgets).where(budgets.c.scope == scope).with_for_update()).one()
+    kept = limit_nusd if limit_nusd is None else max(limit_nusd, row.spent_nusd + row.reserved_nusd)
+    connection.execute(update(budgets).where(budgets.c.scope == scope).values(limit_nusd=kept))
     return find_budget(connection, scope)
 
 
@@ -126,7 +130,7 @@ def add_attempts(connection: Connection, rows: Sequence[Mapping[str, Any]]) -> N
 
 
 def find_attempts(connection: Connection, calls: Iterable[int]) -> dict[tuple[int, int], AnyRow]:
-    """Locks and returns the attempts of some calls that may still change, by (call, number)."""
+    """Locks and returns the attempts of some calls, by (call, number)."""
     columns = llm_usage.c
     query = (
         select(
@@ -137,8 +141,10 @@ def find_attempts(connection: Connection, calls: Iterable[int]) -> dict[tuple[in
             columns.reserved_nusd,
             columns.budget_ids,
             columns.cost_nusd,
+            columns.error_code,
+            columns.worker_id,
         )
-        .where(columns.prompt_execution_id.in_(list(calls)), columns.status.in_((*OPEN_ATTEMPT, "unknown")))
+        .where(columns.prompt_execution_id.in_(list(calls)))
         .with_for_update()
     )
     return {(row.prompt_execution_id, row.number): row for row in connection.execute(query)}
@@ -152,7 +158,7 @@ def settle(connection: Connection, settled: Sequence[tuple[AnyRow, Usage]]) -> N
 
     Args:
         connection: the caller's transaction.
-        settled: rows from `find_attempts`, each with its outcome. A row may stand here once only.
+        settled: open or unknown ones from `find_attempts`, each with its outcome. A row may stand here once only.
     """
     deltas: dict[int, tuple[int, int, int]] = defaultdict(lambda: (0, 0, 0))
     for row, usage in settled:
@@ -175,10 +181,7 @@ def book_unknown(connection: Connection, rows: Sequence[AnyRow]) -> int:
     """
     settle(
         connection,
-        [
-            (row, Usage("unknown", cost_nusd=row.reserved_nusd, estimated=True, error_code="worker_lost"))
-            for row in rows
-        ],
+        [(row, Usage("unknown", cost_nusd=row.reserved_nusd, estimated=True, error_code=WORKER_LOST)) for row in rows],
     )
     return len(rows)
 
@@ -234,9 +237,9 @@ def _settle_values(row: AnyRow, usage: Usage) -> dict[str, Any]:
         "call": row.prompt_execution_id,
         "attempt": row.number,
         "to_status": usage.status,
-        "to_input": usage.input_tokens,
-        "to_output": usage.output_tokens,
-        "to_cached": usage.cached_tokens,
+        "to_input": min(usage.input_tokens, MOST_TOKENS),
+        "to_output": min(usage.output_tokens, MOST_TOKENS),
+        "to_cached": min(usage.cached_tokens, MOST_TOKENS),
         "to_estimated": usage.estimated,
         "to_cost": usage.cost_nusd,
         "to_cost_usd": usage.cost_nusd / NUSD,

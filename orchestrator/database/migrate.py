@@ -38,6 +38,11 @@ def current_revision(engine: Engine) -> str | None:
         return MigrationContext.configure(connection).get_current_revision()
 
 
+def is_known(engine: Engine, revision: str) -> bool:
+    """Whether this release knows a revision; it does not know those of newer ones."""
+    return revision in {script.revision for script in ScriptDirectory.from_config(_scripts(engine)).walk_revisions()}
+
+
 def head_revision(engine: Engine) -> str:
     """The revision that this release needs."""
     head = ScriptDirectory.from_config(_scripts(engine)).get_current_head()

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from sqlalchemy import Connection, bindparam, case, func, null, select, update
+from sqlalchemy import Connection, bindparam, case, func, null, or_, select, update
 
 from orchestrator.database.engine import AnyRow, now
 from orchestrator.database.tables import prompt_executions, windows, workflow_executions
@@ -110,6 +110,8 @@ def lock_calls(connection: Connection, ids: Iterable[int]) -> dict[int, AnyRow]:
             _calls.attempts,
             _calls.window_id,
             _calls.claimed_at,
+            _calls.llm_provider,
+            or_(_calls.next_at.is_(None), _calls.next_at <= now(connection)).label("is_due"),
             workflow_executions.c.status.label("run_status"),
         )
         .join(workflow_executions, workflow_executions.c.id == _calls.workflow_execution_id)
@@ -148,6 +150,13 @@ def end_calls(connection: Connection, ends: Sequence[tuple[int, CallEnd, CallTex
             next_at=clock + bindparam("wait"),
         )
         connection.execute(statement, [_end_values(*end) for end in ends])
+
+
+def add_costs(connection: Connection, costs: Sequence[tuple[int, int, int, int]]) -> None:
+    """Adds (call, input tokens, output tokens, nano-USD) of attempts that did not decide how their calls ended."""
+    if costs:
+        keys = ("call", "tokens_in", "tokens_out", "cost")
+        connection.execute(_ADD_COSTS, [dict(zip(keys, one, strict=True)) for one in costs])
 
 
 def _end_values(
@@ -218,6 +227,18 @@ _END = (
 )
 
 
+_ADD_COSTS = (
+    update(prompt_executions)
+    .where(_calls.id == bindparam("call"))
+    .values(
+        input_tokens=func.coalesce(_calls.input_tokens, 0) + bindparam("tokens_in"),
+        output_tokens=func.coalesce(_calls.output_tokens, 0) + bindparam("tokens_out"),
+        cost_nusd=_calls.cost_nusd + bindparam("cost"),
+        cost_usd=(_calls.cost_nusd + bindparam("cost")) / 1e9,
+    )
+)
+
+
 def hold_calls_of(connection: Connection, workers_gone: Sequence[str]) -> list[int]:
     """Locks the running calls of workers and returns their ids."""
     query = (
@@ -232,6 +253,8 @@ def hold_calls_of(connection: Connection, workers_gone: Sequence[str]) -> list[i
 def free_calls(connection: Connection, ids: Sequence[int], *, lost: bool) -> None:
     """Puts held calls back; a call that outlived `POISON_AFTER` workers is failed instead.
 
+    Calls of a run that was cancelled end with it.
+
     Args:
         connection: the caller's transaction, in which the calls are locked.
         ids: the calls.
@@ -241,14 +264,15 @@ def free_calls(connection: Connection, ids: Sequence[int], *, lost: bool) -> Non
         return
     died = _calls.lost_workers + (1 if lost else 0)
     poison = died >= POISON_AFTER
+    cancelled = _calls.workflow_execution_id.in_(select(_runs.id).where(_runs.status == "cancelled"))
     statement = (
         update(prompt_executions)
         .where(_calls.id.in_(ids), _calls.status == "running")
         .values(
-            status=case((poison, "failed"), else_="pending"),
+            status=case((poison, "failed"), (cancelled, "cancelled"), else_="pending"),
             error_code=case((poison, "poison"), else_=null()),
             error_message=case((poison, f"{POISON_AFTER} workers died while they held this call"), else_=null()),
-            completed_at=case((poison, now(connection)), else_=null()),
+            completed_at=case((or_(poison, cancelled), now(connection)), else_=null()),
             worker_id=None,
             lost_workers=died,
         )
@@ -258,7 +282,10 @@ def free_calls(connection: Connection, ids: Sequence[int], *, lost: bool) -> Non
 
 def cancel_calls(connection: Connection, run: int) -> int:
     """Cancels the pending calls of a run; those in flight may still settle. Returns how many."""
-    statement = update(prompt_executions).where(_calls.workflow_execution_id == run, _calls.status == "pending")
+    # Locked in the order of their ids, as claims do it: otherwise the two could wait for each other.
+    pending = select(_calls.id).where(_calls.workflow_execution_id == run, _calls.status == "pending")
+    ids = pending.order_by(_calls.id).with_for_update()
+    statement = update(prompt_executions).where(_calls.id.in_(ids), _calls.status == "pending")
     return connection.execute(statement.values(status="cancelled", completed_at=now(connection))).rowcount
 
 

@@ -8,12 +8,15 @@ Money is an integer number of nano-dollars; the owner's `cost_usd` is kept besid
 This module describes. Who may change a status is said in `runs`, who may change money in `ledger`.
 """
 
+import re
+
 from sqlalchemy import (
     BigInteger,
     Boolean,
     CheckConstraint,
     Column,
     DateTime,
+    Dialect,
     Double,
     ForeignKey,
     Index,
@@ -21,10 +24,11 @@ from sqlalchemy import (
     MetaData,
     String,
     Table,
-    Text,
     UniqueConstraint,
     text,
 )
+from sqlalchemy import Text as SqlText
+from sqlalchemy.types import TypeDecorator
 
 RUN_STATES = ("pending", "running", "paused", "completed", "failed", "cancelled")
 CALL_STATES = ("pending", "running", "completed", "failed", "skipped", "cancelled")
@@ -41,6 +45,40 @@ metadata = MetaData(
     }
 )
 
+# What neither database takes: Postgres has no NUL in text, and no encoding has half of a surrogate pair.
+_UNSTORABLE = re.compile("[\x00\ud800-\udfff]")
+
+
+class Text(TypeDecorator[str]):
+    """Text of any length; characters that cannot be stored become U+FFFD.
+
+    They come from models and providers, and one of them must not keep a whole batch of answers that were paid for out
+    of the database.
+    """
+
+    impl = SqlText
+    cache_ok = True
+
+    def process_bind_param(self, value: str | None, dialect: Dialect) -> str | None:
+        """The text as it is stored, the same on both databases."""
+        return None if value is None else _UNSTORABLE.sub("\ufffd", value)
+
+
+class ShortText(TypeDecorator[str]):
+    """Text that outsiders name, cut at its length, with the same characters replaced."""
+
+    impl = String
+    cache_ok = True
+
+    def __init__(self, length: int) -> None:
+        super().__init__(length)
+        self.length = length
+
+    def process_bind_param(self, value: str | None, dialect: Dialect) -> str | None:
+        """The text as it is stored, the same on both databases."""
+        return None if value is None else _UNSTORABLE.sub("\ufffd", value)[: self.length]
+
+
 # SQLite gives automatic row ids to INTEGER keys only; Postgres wants 64 bits.
 BigId = BigInteger().with_variant(Integer(), "sqlite")
 
@@ -56,7 +94,7 @@ workflow_executions = Table(
     Column("id", BigId, primary_key=True, comment="number of the run inside this database"),
     Column("run_id", String(64), nullable=False, unique=True, comment="public id: sortable time, then two words"),
     Column("workflow_id", String(200), nullable=False, comment="name of the workflow"),
-    Column("project_name", String(200), nullable=False, comment="what is judged: the name of the input"),
+    Column("project_name", ShortText(200), nullable=False, comment="what is judged: the name of the input"),
     Column("status", String(16), nullable=False),
     Column("reason", String(64), comment="why the status is what it is: budget, user, deadline, ...; NULL if obvious"),
     Column("started_at", DateTime(timezone=True), nullable=False, comment="UTC"),
@@ -197,8 +235,8 @@ llm_usage = Table(
     Column("settled_at", Double, comment="s since epoch"),
     Column("latency_ms", Integer, comment="ms from send to reply"),
     Column("http_status", Integer),
-    Column("request_id", String(200), comment="the provider's own id"),
-    Column("model_answered", String(200), comment="the model that the reply names"),
+    Column("request_id", ShortText(200), comment="the provider's own id"),
+    Column("model_answered", ShortText(200), comment="the model that the reply names"),
     Column("price_source", String(100), comment="where the price came from"),
     Column("error_code", String(64)),
     Column("error_message", Text),

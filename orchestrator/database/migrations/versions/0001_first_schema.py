@@ -238,13 +238,6 @@ def upgrade() -> None:
         sa.Column(
             "round", sa.Integer(), server_default="0", nullable=False, comment="how often its calls were published"
         ),
-        sa.Column(
-            "open_at_round",
-            sa.Integer(),
-            server_default="0",
-            nullable=False,
-            comment="calls open when it was published",
-        ),
         sa.Column("published_at", sa.Double(), nullable=True, comment="s since epoch; NULL if never published"),
         sa.Column("progress_at", sa.Double(), nullable=True, comment="s since epoch of the last settled call"),
         sa.Column(
