@@ -32,6 +32,7 @@ from workers.cached import CachedAnswer
 from workers.limiter import Limiter
 from workers.limits import LimiterUnavailable, Permit, Pool, PoolLimits, Refused
 from workers.prepared import PreparedRun, Prompt, StepKit, cache_key
+from workers.waits import Waits
 from workers.writer import BatchWriter
 
 log = structlog.get_logger(__name__)
@@ -85,6 +86,7 @@ class _Asking:
 
     Attributes:
         fence: under which this worker holds it; None while it is pending.
+        wait_s: rest of the pause before the next attempt when that pause was cut short; None for none.
         correction: the bad reply and what was wrong with it, when the question is asked again.
     """
 
@@ -93,6 +95,7 @@ class _Asking:
     reasks: int
     fence: int | None = None
     correction: tuple[Message, ...] = ()
+    wait_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,6 +138,7 @@ class LLMClient:
         self._may_go_on = may_go_on
         self._stop_run = stop_run
         self._note_wait = note_wait
+        self._waits = Waits()
         self.in_flight = 0
         self.waiting_for_permits = 0
 
@@ -148,7 +152,11 @@ class LLMClient:
             asking = await self._attempt(job, asking)
         if asking is not None:
             # The run stopped between two attempts. Nobody frees what a live worker holds, so it must go back.
-            await self._release(job, asking, CallEnd("pending"))
+            await self._release(job, asking, CallEnd("pending", next_at_s=asking.wait_s))
+
+    def end_waits(self, run: int | None = None) -> None:
+        """Ends what calls of a run, or of all runs, wait for before they are sent: they look whether to go on."""
+        self._waits.end(run)
 
     def select_provider(self, job: Job, index: int) -> Route:
         """The route at a place of the fallback chain; the last one if the chain is shorter."""
@@ -221,10 +229,11 @@ class LLMClient:
     async def _send(
         self, job: Job, asking: _Asking, gate: Gate, route: Route, request: ChatRequest
     ) -> "_Sent | _Asking | None":
+        run = job.run.number
         tokens = round(_input_tokens(job, asking) * INPUT_MARGIN) + request.max_output_tokens
         self.waiting_for_permits += 1
         try:
-            permit = await self.handle_rate_limits(job, gate, route, tokens)
+            permit = await self._waits.until(run, self.handle_rate_limits(job, gate, route, tokens))
         finally:
             self.waiting_for_permits -= 1
         if permit is None:
@@ -232,16 +241,19 @@ class LLMClient:
         if isinstance(permit, Refused):
             await self._put_off(job, asking, permit)
             return None
-        await _sleep_until(permit.send_at - CLAIM_AHEAD_S)
+        await self._waits.until(run, _sleep_until(permit.send_at - CLAIM_AHEAD_S))
+        if not self._may_go_on(run):
+            self._limiter.release_unsent(permit)
+            return asking
         worst = _worst(job, asking, route, request)
         grant = await self._writer.claim(self._claim(job, asking, route, worst))
         if not isinstance(grant, batches.Claimed):
             self._limiter.release_unsent(permit)
             return await self._not_claimed(job, asking, grant)
-        while not await self._limiter.wait_until_due(permit):
+        while not await self._is_due(permit):
             # The provider asked for a pause after the permit was given. The attempt is on record and may wait.
             self._limiter.release_unsent(permit)
-            again = await self.handle_rate_limits(job, gate, route, tokens)
+            again = await self._waits.until(run, self.handle_rate_limits(job, gate, route, tokens))
             if not isinstance(again, Permit):
                 await self._settle_unsent(job, grant, again)
                 return None
@@ -251,6 +263,14 @@ class LLMClient:
         self._give_back(permit, sent.outcome)
         await self._heed(gate, route, sent.outcome)
         return sent
+
+    async def _is_due(self, permit: Permit) -> bool:
+        """Waits for the send time; False when the permit is void, or nobody can tell."""
+        try:
+            return await self._limiter.wait_until_due(permit)
+        except LimiterUnavailable:
+            self._note_wait("broker")
+            return False
 
     async def _exchange(
         self, gate: Gate, route: Route, request: ChatRequest, grant: batches.Claimed, worst: int
@@ -408,9 +428,17 @@ class LLMClient:
         told = (failure.code, booked.error_message)
         match decision:
             case retry.SendAgain(wait_s) if wait_s <= LONG_WAIT_S:
-                mine = await self._settle(job, asking, sent, booked, CallEnd("running"))
-                await asyncio.sleep(wait_s)
-                return replace(asking, route_attempts=tries, fence=sent.grant.fence) if mine else None
+                if not await self._settle(job, asking, sent, booked, CallEnd("running")):
+                    return None
+                began = monotonic()
+                await self._waits.until(job.run.number, asyncio.sleep(wait_s))
+                left_s = began + wait_s - monotonic()
+                return replace(
+                    asking,
+                    route_attempts=tries,
+                    fence=sent.grant.fence,
+                    wait_s=left_s if left_s > 0 else None,
+                )
             case retry.SendAgain(wait_s):
                 await self._settle(job, asking, sent, booked, CallEnd("pending", next_at_s=wait_s))
             case retry.TakeNextRoute():

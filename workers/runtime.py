@@ -119,8 +119,9 @@ class Runtime:
         self.run(self._ask(message))
 
     def stop_claiming(self) -> None:
-        """Sends nothing more; what is in flight goes on."""
+        """Sends nothing more; what is in flight goes on. Safe to repeat."""
         self._draining = True
+        self._loop.call_soon_threadsafe(self._client.end_waits)
 
     def stop(self) -> None:
         """Puts back what is still held and closes everything. Call it once, when the shards are done or given up."""
@@ -213,6 +214,7 @@ class Runtime:
         if run in self._halted:
             return
         self._halted.add(run)
+        self._client.end_waits(run)
         log.warning("run.stopped", run=run, reason=reason)
         task = self._loop.create_task(self._pause(run, reason))
         self._pausing.add(task)
@@ -229,7 +231,7 @@ class Runtime:
         while True:
             try:
                 await work_to_do()
-            except (DatabaseUnavailable, RedisError, OSError) as error:
+            except (DatabaseUnavailable, RedisError, OSError, LookupError, ValueError) as error:
                 log.warning("worker.round_failed", error=str(error))
             await asyncio.sleep(every * random.uniform(0.9, 1.0))
 
@@ -238,6 +240,8 @@ class Runtime:
         bound_by = self._bound_by(waits)
         stopped = await asyncio.to_thread(self._beat_in_database, self._client.in_flight, bound_by)
         self._halted |= stopped
+        for run in stopped:
+            self._client.end_waits(run)
 
     async def _look_once(self) -> None:
         await self._reconciler.look(set(self._at_work))

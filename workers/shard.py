@@ -94,7 +94,11 @@ async def ask_shard(host: ShardHost, message: ShardMessage) -> None:
         closings = [*closings, *cached]
     writes = [host.writer.close(closing) for closing in closings]
     asks = [host.client.send_prompt(Job(run, kit, one.call, one.prompt)) for one in to_ask]
-    await asyncio.gather(*writes, *asks)
+    # All of them end before the shard does, so that nothing goes on which nobody knows of.
+    outcomes = await asyncio.gather(*writes, *asks, return_exceptions=True)
+    errors = [one for one in outcomes if isinstance(one, BaseException)]
+    if errors:
+        raise errors[0]
 
 
 def _read(database: Database, run: PreparedRun, kit: StepKit, message: ShardMessage) -> _Material:
