@@ -67,18 +67,24 @@ class _Commands(TyperGroup):
 app = plain_app(cls=_Commands, add_completion=True)
 
 
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"{PROGRAM} {__version__}")
+        raise typer.Exit(0)
+
+
 @app.callback()
 def _options(  # pyright: ignore[reportUnusedFunction]  # registered by the decorator
     ctx: typer.Context,
     home: Annotated[
         Path | None, typer.Option(help="Directory of all state; instead of LLM_ORCHESTRATOR_HOME or ./data.")
     ] = None,
-    version: Annotated[bool, typer.Option("--version", help="Show the version and leave.", is_eager=True)] = False,
+    version: Annotated[
+        bool,
+        typer.Option("--version", help="Show the version and leave.", is_eager=True, callback=_show_version),
+    ] = False,
 ) -> None:
     """Run human-judgment tasks at scale: LLMs answer, every answer is checked, every cent is accounted for."""
-    if version:
-        typer.echo(f"{PROGRAM} {__version__}")
-        raise typer.Exit(0)
     ctx.obj = home
 
 

@@ -41,7 +41,7 @@ def print_estimate(plan: Plan, continued: str | None) -> None:
     budget = "no budget" if plan.budget_nusd is None else f"budget {short_usd(plan.budget_nusd)}"
     say(f"{plan.workflow.name}: {known.items:,} items, up to {known.calls:,} calls, {cost}, {budget}")
     if plan.simulated:
-        say("no provider is configured for this: the simulator answers, and its answers mean nothing")
+        say("the simulator answers: no model is asked, and its answers mean nothing")
 
 
 def confirm_cost(plan: Plan, *, is_agreed: bool) -> None:

@@ -34,6 +34,8 @@ from orchestrator.money import usd, usd_or_none
 LOOK_S = 0.25
 """How often a run is looked at: often enough that a small one does not wait for us."""
 LOCAL_LOG = "logs/local.log"
+_NO_BROKER = "redis://localhost"
+"""Pausing and cancelling are rows in the database and publish nothing, so that no address is ever connected to."""
 
 
 class Terminated(BaseException):
@@ -138,6 +140,8 @@ def _move(
     with WorkflowManager(config) as manager, translated(manager.database.address):
         prepare(manager.database, config.settings)
         run, run_id = manager.find_run(name)
+        if config.settings.is_local:
+            manager.use_broker(_NO_BROKER)
         changed = verb(manager, run_id)
         status = manager.track_progress(run)
     if as_json:
