@@ -152,9 +152,10 @@ def make_app(redis_url: str, providers: Sequence[str], prefix: str = "") -> Cele
         result_expires=14 * 24 * 3600,
         result_extended=False,
         task_track_started=False,
-        # Flower lives on events; a shard has many calls, so they cost little.
-        worker_send_task_events=True,
-        task_send_sent_event=True,
+        # Off until somebody watches: Flower switches the workers' events on by remote control, and until then they would
+        # be a tenth of what a shard costs.
+        worker_send_task_events=False,
+        task_send_sent_event=False,
         # Our own limiter paces calls; Celery's would keep waiting messages in memory.
         worker_disable_rate_limits=True,
         # A misspelt queue must be an error and not a queue that nobody reads.

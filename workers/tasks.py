@@ -4,6 +4,7 @@ Celery's signals bound the life of the process's `Runtime`: it is built before t
 away after the last one is done.
 """
 
+import gc
 import os
 import threading
 from typing import Any
@@ -17,6 +18,9 @@ from orchestrator.config import ConfigManager
 from workers.runtime import Runtime
 
 log = structlog.get_logger(__name__)
+
+GARBAGE_THRESHOLD = 5_000
+"""New objects between two rounds over the youngest; Python's own 700 suits programs with fewer of them."""
 
 
 def register(app: Celery, config: ConfigManager) -> None:
@@ -57,6 +61,7 @@ class _Life:
         queues = [str(name) for name in sender.app.amqp.queues.consume_from]
         self._runtime = Runtime(self._config, self._app, queues)
         self._runtime.start()
+        _spare_the_collector()
 
     def drain(self, **_: Any) -> None:
         """Signal: the worker was told to stop. What takes too long is ended, so that the shutdown has an end."""
@@ -81,3 +86,13 @@ class _Life:
         log.warning("worker.drain_timed_out", grace_s=grace_s)
         runtime.stop()
         os._exit(0)
+
+
+def _spare_the_collector() -> None:
+    """Takes what was loaded so far, modules mostly, out of the garbage collector's rounds: it lives as long as the process.
+
+    Walking it again and again was a fifth of a worker's processor time.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(GARBAGE_THRESHOLD)
