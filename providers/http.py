@@ -1,7 +1,8 @@
-"""The only home of aiohttp: sends one POST within one deadline and translates what can go wrong.
+"""The only home of httpx: sends one POST within one deadline and translates what can go wrong.
 
-aiohttp carries 1,000 connections without trouble, and a call costs 0.11 ms of processor time through it; behind httpx's
-interface the same call costs 0.16 ms, and through httpx's own client 0.33 ms.
+The transport is aiohttp's behind httpx's interface. We call the transport itself rather than an `httpx.AsyncClient`:
+measured on one core with 200 connections, a call costs 0.33 ms through the client and 0.16 ms through the transport
+(0.11 ms with aiohttp alone), because cookies, redirects and auth flows are skipped, none of which we want.
 
 No redirects, no cookies, no proxy or netrc from the environment, no repeated requests: one call is one attempt.
 """
@@ -11,14 +12,14 @@ from __future__ import annotations
 import asyncio
 import ipaddress
 import socket
-import ssl
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import cast
 
 import aiohttp
-import certifi
-from yarl import URL
+import httpx
+from httpx_aiohttp import AiohttpTransport
 
 from providers.errors import ConnectionFailed, MalformedReply, ProviderError, TimedOut
 
@@ -54,10 +55,9 @@ class HttpClient:
 
     def __init__(self, max_body_bytes: int = MAX_BODY_BYTES) -> None:
         self._max_body_bytes = max_body_bytes
-        # Slim containers bring no certificates of their own; a company's own authority stands in the system's store.
-        self._tls = ssl.create_default_context(cafile=certifi.where())
+        self._tls = httpx.create_ssl_context(trust_env=False)
         self._tls.load_default_certs()
-        self._session: aiohttp.ClientSession | None = None
+        self._transport = AiohttpTransport(verify=self._tls, trust_env=False, client=self._open_session)
 
     def endpoint(self, provider: str, url: str, headers: Mapping[str, str]) -> Endpoint:
         """Prepare an address for many requests.
@@ -70,24 +70,20 @@ class HttpClient:
         Raises:
             ValueError: The address is not acceptable; see `checked_url`.
         """
-        return Endpoint(self._open_session, self._max_body_bytes, provider, checked_url(url), headers)
+        return Endpoint(self._transport, self._max_body_bytes, provider, checked_url(url), headers)
 
     async def aclose(self) -> None:
         """Close all connections. Safe to repeat."""
-        if self._session is not None:
-            await self._session.close()
-            self._session = None
+        await self._transport.aclose()
 
     def _open_session(self) -> aiohttp.ClientSession:
-        # At the first request and not earlier, because aiohttp wants a running loop.
-        if self._session is None:
-            self._session = aiohttp.ClientSession(
-                connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEPALIVE_S, ssl=self._tls),
-                cookie_jar=aiohttp.DummyCookieJar(),
-                auto_decompress=False,
-                trust_env=False,
-            )
-        return self._session
+        # Called by the transport at the first request, because aiohttp wants a running loop.
+        return aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEPALIVE_S, ssl=self._tls),
+            cookie_jar=aiohttp.DummyCookieJar(),
+            auto_decompress=False,
+            trust_env=False,
+        )
 
 
 def open_client() -> HttpClient:
@@ -100,19 +96,19 @@ class Endpoint:
 
     def __init__(
         self,
-        session: Callable[[], aiohttp.ClientSession],
+        transport: AiohttpTransport,
         max_body_bytes: int,
         provider: str,
-        url: URL,
+        url: httpx.URL,
         headers: Mapping[str, str],
     ) -> None:
-        self._session = session
+        self._transport = transport
         self._max_body_bytes = max_body_bytes
         self._provider = provider
         self._url = url
         # Compression is declined: replies are small, and inflating them costs more than it saves.
-        standing = {"accept": "*/*", "accept-encoding": "identity", "user-agent": "llm-orchestrator"}
-        self._headers = standing | dict(headers)
+        standing = {"host": url.netloc.decode("ascii"), "accept-encoding": "identity", "user-agent": "llm-orchestrator"}
+        self._headers = httpx.Headers(standing | dict(headers), encoding="utf-8")
 
     async def post(self, body: bytes, timeout_s: float, attempt_id: str = "") -> HttpReply:
         """Send the body once and read the whole reply, whatever its status.
@@ -134,6 +130,8 @@ class Endpoint:
                 return await self._exchange(body, timeout_s, attempt_id)
         except TimeoutError:
             failure = TimedOut(self._provider, f"no complete reply within {timeout_s:g} s")
+        except httpx.HTTPError as error:
+            failure = self._connection_failure(error.__cause__ or error)
         except (aiohttp.ClientError, OSError, zlib.error) as error:
             failure = self._connection_failure(error)
         raise failure
@@ -141,26 +139,33 @@ class Endpoint:
     async def _exchange(self, body: bytes, timeout_s: float, attempt_id: str) -> HttpReply:
         # Slightly below the deadline: "could not connect" is worth more to the ledger than "timed out".
         connect_s = min(CONNECT_TIMEOUT_S, timeout_s * 0.9)
-        headers = {**self._headers, "x-attempt-id": attempt_id} if attempt_id else self._headers
-        timeout = aiohttp.ClientTimeout(total=None, connect=connect_s, sock_connect=connect_s)
-        request = self._session().post(self._url, data=body, headers=headers, timeout=timeout, allow_redirects=False)
-        async with request as response:
-            answered = {k.decode("ascii", "replace").lower(): v.decode("latin-1") for k, v in response.raw_headers}
-            return HttpReply(response.status, answered, await self._read(response, answered))
+        extensions = {"timeout": {"connect": connect_s, "pool": connect_s, "read": None}}
+        request = httpx.Request("POST", self._url, headers=self._headers, content=body, extensions=extensions)
+        # Spares httpx guessing the encoding once per header and request.
+        request.headers.encoding = "utf-8"
+        if attempt_id:
+            request.headers["x-attempt-id"] = attempt_id
+        response = await self._transport.handle_async_request(request)
+        try:
+            answered = {k.decode("ascii", "replace").lower(): v.decode("latin-1") for k, v in response.headers.raw}
+            return HttpReply(response.status_code, answered, await self._read(response, answered))
+        finally:
+            await response.aclose()
 
-    async def _read(self, response: aiohttp.ClientResponse, headers: Mapping[str, str]) -> bytes:
+    async def _read(self, response: httpx.Response, headers: Mapping[str, str]) -> bytes:
         encoding = headers.get("content-encoding", "").strip().lower()
         if encoding not in _ANSWERED_ENCODINGS:
-            raise self._malformed(response.status, f"the reply has the unknown encoding '{encoding[:40]}'")
+            raise self._malformed(response.status_code, f"the reply has the unknown encoding '{encoding[:40]}'")
         chunks: list[bytes] = []
         size = 0
-        async for chunk in response.content.iter_any():
+        # httpx types the stream for synchronous use too; this transport's is always asynchronous.
+        async for chunk in cast("httpx.AsyncByteStream", response.stream):
             size += len(chunk)
             if size > self._max_body_bytes:
-                raise self._malformed(response.status, f"the reply is larger than {self._max_body_bytes} bytes")
+                raise self._malformed(response.status_code, f"the reply is larger than {self._max_body_bytes} bytes")
             chunks.append(chunk)
         body = b"".join(chunks)
-        return body if encoding in {"", "identity"} else self._inflate(body, response.status)
+        return body if encoding in {"", "identity"} else self._inflate(body, response.status_code)
 
     def _inflate(self, body: bytes, status: int) -> bytes:
         inflater = zlib.decompressobj(zlib.MAX_WBITS | 32)
@@ -187,7 +192,7 @@ class Endpoint:
                 return ConnectionFailed(self._provider, f"the connection broke before the reply was complete ({kind})")
 
 
-def checked_url(text: str) -> URL:
+def checked_url(text: str) -> httpx.URL:
     """Return the address if it is one that we send prompts and keys to.
 
     Refused are credentials in the address, other schemes than http and https, plain http to public hosts, and the
@@ -198,14 +203,14 @@ def checked_url(text: str) -> URL:
         ValueError: With the reason, and without anything secret that the address holds.
     """
     try:
-        url = URL(text)
-    except ValueError:
+        url = httpx.URL(text)
+    except httpx.InvalidURL:
         raise ValueError("base_url is not a valid address") from None
-    if url.user is not None or url.password is not None:
+    if url.userinfo:
         raise ValueError("base_url must not hold a user name or password; put the key in api_key_env")
     if url.scheme not in {"http", "https"}:
         raise ValueError(f"base_url must start with http:// or https://, not '{url.scheme}:'")
-    host = (url.host or "").lower().rstrip(".")
+    host = url.host.lower().rstrip(".")
     if not host:
         raise ValueError("base_url has no host")
     address = _address_of(host)
