@@ -152,8 +152,8 @@ def make_app(redis_url: str, providers: Sequence[str], prefix: str = "") -> Cele
         result_expires=14 * 24 * 3600,
         result_extended=False,
         task_track_started=False,
-        # Off until somebody watches: Flower switches the workers' events on by remote control, and until then they would
-        # be a tenth of what a shard costs.
+        # Off until somebody watches: Flower switches the workers' events on by remote control, and until then they
+        # would be a tenth of what a shard costs.
         worker_send_task_events=False,
         task_send_sent_event=False,
         # Our own limiter paces calls; Celery's would keep waiting messages in memory.

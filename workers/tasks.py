@@ -89,7 +89,7 @@ class _Life:
 
 
 def _spare_the_collector() -> None:
-    """Takes what was loaded so far, modules mostly, out of the garbage collector's rounds: it lives as long as the process.
+    """Takes what was loaded so far out of the garbage collector's rounds: it lives as long as the process.
 
     Walking it again and again was a fifth of a worker's processor time.
     """
