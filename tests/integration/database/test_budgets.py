@@ -1,0 +1,165 @@
+"""A budget is never overspent: the claim checks, and the database itself refuses."""
+
+import random
+from threading import Event, Thread
+
+import pytest
+from sqlalchemy import select, update
+from sqlalchemy.exc import IntegrityError
+
+from orchestrator.database import Database, ledger
+from orchestrator.database.batches import Claimed, OverBudget
+from orchestrator.database.ledger import GLOBAL_SCOPE, Usage
+from orchestrator.database.runs import CallEnd
+from orchestrator.database.tables import budgets
+from tests.integration.database.stage import Stage
+
+
+@pytest.mark.parametrize("column", ["spent_nusd", "reserved_nusd"])
+def test_the_database_refuses_to_go_beyond_a_limit(stage: Stage, column: str):
+    stage.set_limit(100)
+    with pytest.raises(IntegrityError, match="never_overspent"), stage.database.transaction() as connection:
+        connection.execute(update(budgets).values({column: 101}))
+    with stage.database.transaction() as connection:
+        connection.execute(update(budgets).values({column: 100}))
+
+
+@pytest.mark.parametrize("column", ["spent_nusd", "reserved_nusd", "excess_nusd"])
+def test_the_database_refuses_sums_below_zero(stage: Stage, column: str):
+    with pytest.raises(IntegrityError, match="not_negative"), stage.database.transaction() as connection:
+        connection.execute(update(budgets).values({column: -1}))
+
+
+def test_a_reservation_fits_to_the_last_nano_dollar(stage: Stage):
+    stage.set_limit(200)
+    answers = stage.claim(stage.wish(0, worst=100), stage.wish(1, worst=100), stage.wish(2, worst=1))
+    assert answers[:2] == [Claimed(1, 1), Claimed(1, 1)]
+    assert isinstance(answers[2], OverBudget)
+    assert stage.row(2).status == "pending"
+    assert stage.money().free_nusd() == 0
+
+
+def test_a_smaller_wish_behind_a_refused_one_is_granted(stage: Stage):
+    stage.set_limit(100)
+    answers = stage.claim(stage.wish(0, worst=60), stage.wish(1, worst=60), stage.wish(2, worst=40))
+    assert [type(one) for one in answers] == [Claimed, OverBudget, Claimed]
+
+
+def test_waiting_helps_while_money_is_only_reserved(stage: Stage):
+    stage.set_limit(150)
+    grant = stage.claimed(0, worst=100)
+    scope = ledger.run_scope(stage.run)
+    assert stage.claim(stage.wish(1, worst=100)) == [OverBudget(scope, 150, 100, for_good=False)]
+    stage.settle(stage.settlement(0, grant, Usage("ok", cost_nusd=50), CallEnd("completed", result="1")))
+    assert stage.claim(stage.wish(1, worst=100)) == [Claimed(1, 1)]
+
+
+def test_waiting_does_not_help_when_money_is_spent(stage: Stage):
+    stage.set_limit(150)
+    grant = stage.claimed(0, worst=100)
+    stage.settle(stage.settlement(0, grant, Usage("ok", cost_nusd=51), CallEnd("completed", result="1")))
+    scope = ledger.run_scope(stage.run)
+    assert stage.claim(stage.wish(1, worst=100)) == [OverBudget(scope, 150, 151, for_good=True)]
+
+
+def test_excess_counts_against_the_limit(stage: Stage):
+    stage.set_limit(200)
+    grant = stage.claimed(0, worst=100)
+    stage.settle(stage.settlement(0, grant, Usage("ok", cost_nusd=150), CallEnd("completed", result="1")))
+    (answer,) = stage.claim(stage.wish(1, worst=100))
+    assert isinstance(answer, OverBudget)
+    assert answer.for_good
+    assert stage.claim(stage.wish(1, worst=50)) == [Claimed(1, 1)]
+
+
+def test_every_budget_of_a_call_must_hold(database: Database):
+    stage = Stage.with_calls(database, 3, limit_nusd=1000)
+    with database.transaction() as connection:
+        everything = ledger.set_limit(connection, GLOBAL_SCOPE, 150)
+    both = {"budget_ids": (everything.id, stage.budget)}
+    first, second = stage.claim(stage.wish(0, **both), stage.wish(1, **both))
+    assert first == Claimed(1, 1)
+    assert isinstance(second, OverBudget)
+    assert second.scope == GLOBAL_SCOPE
+    stage.settle(stage.settlement(0, first, Usage("ok", cost_nusd=60), CallEnd("completed", result="1")))
+    with database.snapshot() as connection:
+        assert ledger.find_budget(connection, GLOBAL_SCOPE).spent_nusd == 60
+    assert stage.money().spent_nusd == 60
+    stage.check_books()
+
+
+def test_a_limit_below_what_is_taken_is_raised_to_it(stage: Stage):
+    stage.claimed(0, worst=100)
+    assert stage.set_limit(30).limit_nusd == 100
+    assert stage.money().free_nusd() == 0
+    assert stage.set_limit(None).limit_nusd is None
+    assert stage.money().free_nusd() is None
+
+
+def test_a_scope_without_a_budget_is_told(stage: Stage):
+    with stage.database.snapshot() as connection, pytest.raises(LookupError):
+        ledger.find_budget(connection, "run:0")
+
+
+def test_two_producers_create_the_global_budget_at_once(url: str):
+    database = Database(url)
+    failed: list[BaseException] = []
+
+    def create() -> None:
+        try:
+            with database.transaction() as connection:
+                ledger.set_limit(connection, GLOBAL_SCOPE, 500)
+        except IntegrityError as error:
+            failed.append(error)
+
+    threads = [Thread(target=create) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    with database.snapshot() as connection:
+        assert len(connection.execute(select(budgets)).all()) == 1
+    database.close()
+    assert failed == []
+
+
+def test_no_number_of_workers_overspends(database: Database):
+    """Four threads claim and settle against a tight budget while a fifth one watches the row."""
+    stage = Stage.with_calls(database, 40, limit_nusd=1_000)
+    done, seen = Event(), list[tuple[int, int, int]]()
+
+    def watch() -> None:
+        while not done.is_set():
+            money = stage.money()
+            assert money.limit_nusd is not None
+            seen.append((money.spent_nusd, money.reserved_nusd, money.limit_nusd))
+
+    def work(worker: str) -> None:
+        luck = random.Random(worker)
+        for ordinal in range(int(worker[1:]) * 10, int(worker[1:]) * 10 + 10):
+            worst = luck.choice((20, 90, 170, 400))
+            for _ in range(20):
+                (answer,) = stage.claim(stage.wish(ordinal, worst, worker))
+                if isinstance(answer, Claimed):
+                    cost = luck.choice((0, worst // 2, worst))
+                    end = CallEnd("completed", result="1")
+                    stage.settle(stage.settlement(ordinal, answer, Usage("ok", cost_nusd=cost), end, worker))
+                    break
+                assert isinstance(answer, OverBudget)
+                if answer.for_good:
+                    break
+
+    watcher = Thread(target=watch)
+    workers = [Thread(target=work, args=(f"w{number}",)) for number in range(4)]
+    for thread in (watcher, *workers):
+        thread.start()
+    for thread in workers:
+        thread.join()
+    done.set()
+    watcher.join()
+    assert seen
+    assert all(spent + reserved <= limit for spent, reserved, limit in seen)
+    money = stage.money()
+    assert 600 <= money.spent_nusd <= 1_000
+    assert money.reserved_nusd == 0
+    stage.check_books()
