@@ -12,8 +12,8 @@ from typing import Any
 from sqlalchemy import Connection, Select, func, select
 
 from orchestrator.database.engine import AnyRow
-from orchestrator.database.reports import iso_epoch
 from orchestrator.database.tables import items, llm_usage, prompt_executions, verdicts, workflow_executions
+from orchestrator.database.times import iso_epoch
 from orchestrator.money import usd
 
 PAGE_ITEMS = 500

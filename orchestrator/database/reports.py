@@ -7,7 +7,7 @@ in `costs`.
 
 import json
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC
 from typing import Any
 
 from sqlalchemy import Connection, Row, func, literal, or_, select
@@ -25,6 +25,7 @@ from orchestrator.database.tables import (
     workers,
     workflow_executions,
 )
+from orchestrator.database.times import iso, iso_epoch
 from orchestrator.errors import RunNotFound
 from orchestrator.money import usd, usd_or_none
 
@@ -214,19 +215,6 @@ def identity(connection: Connection, run: int) -> str:
         LookupError: the run does not exist.
     """
     return _run_row(connection, run).identity
-
-
-def iso(moment: datetime | None) -> str | None:
-    """A timestamp of the database as ISO 8601 in UTC; SQLite returns it without a zone, and it is UTC there too."""
-    if moment is None:
-        return None
-    aware = moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment.astimezone(UTC)
-    return aware.isoformat(timespec="milliseconds").replace("+00:00", "Z")
-
-
-def iso_epoch(seconds: float | None) -> str | None:
-    """Seconds since the epoch as ISO 8601 in UTC."""
-    return None if seconds is None else iso(datetime.fromtimestamp(seconds, UTC))
 
 
 _TOKENS = (_usage.input_tokens, _usage.output_tokens, _usage.cached_tokens)

@@ -48,7 +48,6 @@ class _Session:
 
     config: ConfigManager
     manager: WorkflowManager
-    display: Display
     engine: LocalEngine | None = None
 
     def start_engine(self, held: ExitStack) -> None:
@@ -74,7 +73,7 @@ def run(
     config = load_config(home)
     if follow.detach and config.settings.is_local:
         return run_detached(config, arguments)
-    with _opened(config, follow) as (session, held):
+    with _opened(config) as (session, held):
         with translated(session.manager.database.address):
             _prepare_existing(session)
             plan = session.manager.plan(request_of(asked))
@@ -109,7 +108,7 @@ def resume(name: str, budget_usd: Decimal | None, follow: Follow, *, home: Path 
     config = load_config(home)
     if follow.detach and config.settings.is_local:
         return run_detached(config, arguments)
-    with _opened(config, follow) as (session, held):
+    with _opened(config) as (session, held):
         prepare(session.manager.database, config.settings)
         session.manager.find_run(name)
 
@@ -153,11 +152,10 @@ def _move(
 
 
 @contextmanager
-def _opened(config: ConfigManager, follow: Follow) -> Generator[tuple[_Session, ExitStack]]:
+def _opened(config: ConfigManager) -> Generator[tuple[_Session, ExitStack]]:
     # The engine is entered into the stack last, so it is stopped before the manager closes the database.
     with _sigterm_raises(), WorkflowManager(config) as manager, ExitStack() as held:
-        display = held.enter_context(open_display(follow.progress))
-        yield _Session(config, manager, display), held
+        yield _Session(config, manager), held
 
 
 def _prepare_existing(session: _Session) -> None:
@@ -186,14 +184,15 @@ def _execute(
     started: StartedRun | None = None
     try:
         with translated(session.manager.database.address):
-            started = start()
-            if follow.as_json:
-                launched(started)
-            else:
-                session.display.note(f"run {started.run_id} {'goes on' if started.resumed else 'has begun'}")
-            if follow.detach:
-                return _detached(started, follow)
-            status = _follow(session, started.run)
+            with open_display(follow.progress) as display:
+                started = start()
+                if follow.as_json:
+                    launched(started)
+                else:
+                    display.note(f"run {started.run_id} {'goes on' if started.resumed else 'has begun'}")
+                if follow.detach:
+                    return _detached(started, follow)
+                status = _follow(session, started.run, display)
             if session.engine is not None:
                 session.engine.stop(session.config.settings.worker.drain_s)
             return _ended(session, started, status, follow)
@@ -202,19 +201,19 @@ def _execute(
         return int(ExitCode.TERMINATED if isinstance(stopped, Terminated) else ExitCode.INTERRUPTED)
 
 
-def _follow(session: _Session, run: int) -> dict[str, Any]:
+def _follow(session: _Session, run: int, display: Display) -> dict[str, Any]:
     pause = threading.Event()
     is_told = False
     while True:
         status = session.manager.track_progress(run)
         if status["status"] not in AT_WORK:
             return status
-        session.display.show(status)
+        display.show(status)
         if session.engine is not None:
             session.engine.poll()
         elif status["bound_by"] == "workers" and not is_told:
             is_told = True
-            session.display.note("no worker is there; start one with: llm-orchestrator worker")
+            display.note("no worker is there; start one with: llm-orchestrator worker")
         pause.wait(LOOK_S)
 
 
@@ -248,13 +247,11 @@ def _detached(started: StartedRun, follow: Follow) -> int:
 def _leave(session: _Session, started: StartedRun | None) -> None:
     """Stops in good order, and at once when told a second time."""
     if started is None:
-        session.display.note("stopped; repeat the same command to go on")
+        say("stopped; repeat the same command to go on")
     elif session.engine is None:
-        session.display.note(
-            f"run {started.run_id} goes on without us: llm-orchestrator status {started.run_id} --watch"
-        )
+        say(f"run {started.run_id} goes on without us: llm-orchestrator status {started.run_id} --watch")
     else:
-        session.display.note(f"stopping; go on with: llm-orchestrator resume {started.run_id}")
+        say(f"stopping; go on with: llm-orchestrator resume {started.run_id}")
     if session.engine is None:
         return
     try:
