@@ -5,6 +5,6 @@ set -eu
 exec python -c '
 import socket, sys
 from workers.app import app
-found = app.control.inspect(timeout=5.0, pattern=f"*@{socket.gethostname()}", matcher="glob").ping()
+found = app.control.inspect(timeout=10.0, limit=1, pattern=f"*@{socket.gethostname()}", matcher="glob").ping()
 sys.exit(0 if found else "no worker of this host answers")
 '

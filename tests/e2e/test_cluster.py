@@ -66,12 +66,12 @@ class Cluster:
                 return error.code, error.read().decode()
 
     def workers(self) -> list[str]:
-        """Names of the workers that Flower sees."""
+        """Names of the workers whose events Flower receives; it switches them on a few seconds after it began."""
         try:
-            status, text = self.flower("/api/workers?refresh=1")
+            status, text = self.flower("/workers?json=1")
         except (urllib.error.URLError, ConnectionError, TimeoutError):
             return []
-        return list(json.loads(text)) if status == 200 else []
+        return [worker["hostname"] for worker in json.loads(text)["data"]] if status == 200 else []
 
     def processes(self) -> list[psutil.Process]:
         """Honcho and everything below it."""
@@ -189,6 +189,9 @@ def test_the_planted_text_was_in_the_prompts(cluster: Cluster, finished_run: dic
 
 def test_flower_shows_workers_and_tasks_by_ids_only(cluster: Cluster, finished_run: dict[str, Any]) -> None:
     workers = cluster.workers()
+    status, text = cluster.flower("/api/workers?refresh=1")
+    assert status == 200
+    assert set(json.loads(text)) == set(workers)
     assert len(workers) == 3
     status, text = cluster.flower("/api/tasks?limit=500")
     assert status == 200
@@ -239,6 +242,12 @@ def test_no_password_and_no_text_stands_in_a_command_line_or_a_log(
     for text in (cluster.log, *(" ".join(process.cmdline()) for process in cluster.processes())):
         assert MARKER not in text
         assert PASSWORD not in text
+
+
+def test_workers_of_this_host_are_found_healthy(cluster: Cluster) -> None:
+    script = [str(ROOT / "deploy" / "healthcheck.sh")]
+    done = subprocess.run(["sh", *script], env=cluster.environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_worker_of_an_unknown_queue_is_refused(cluster: Cluster) -> None:

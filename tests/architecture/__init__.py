@@ -1,0 +1,1 @@
+"""Promises about the shape of the tree and of what is shipped."""
