@@ -8,9 +8,7 @@ from collections.abc import Iterator, Mapping
 from itertools import groupby
 from typing import Any, cast
 
-from sqlalchemy import Connection
-
-from orchestrator.database import records, reports
+from orchestrator.database import Connection, records, reports
 from orchestrator.database.work import run_row
 from orchestrator.reports.rows import result_rows
 

@@ -3,9 +3,7 @@
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from sqlalchemy import Connection
-
-from orchestrator.database import records
+from orchestrator.database import Connection, records
 from orchestrator.results import ResultProcessor
 from orchestrator.workflow import AnswerSpec
 

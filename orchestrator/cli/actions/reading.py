@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from sqlalchemy import Connection
 
 from orchestrator.cli.actions.output import Refused, console, duration, facts, put_json, safe, table
 from orchestrator.cli.actions.session import load_config, reading, reading_run
-from orchestrator.database import costs, records, reports
+from orchestrator.database import Connection, costs, records, reports
 from orchestrator.database.runs import RunStatus
 from orchestrator.errors import did_you_mean
 from orchestrator.files import write_atomically

@@ -6,11 +6,9 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 
-from sqlalchemy import Connection
-
 from orchestrator.cli.actions.output import say
 from orchestrator.config import ConfigManager
-from orchestrator.database import Database, DatabaseUnavailable, SchemaOutdated, reports
+from orchestrator.database import Connection, Database, DatabaseUnavailable, SchemaOutdated, reports
 from orchestrator.errors import EnvironmentNotReady, Problem, RunNotFound
 from orchestrator.logs import Logger
 from orchestrator.settings import Settings

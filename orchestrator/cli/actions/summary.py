@@ -8,11 +8,10 @@ from typing import Any, cast
 
 from rich.console import Console
 from rich.padding import Padding
-from sqlalchemy import Connection
 
 from orchestrator.cli.actions.output import console, duration, safe, table
 from orchestrator.cli.actions.watching import print_status
-from orchestrator.database import Database, costs, records
+from orchestrator.database import Connection, Database, costs, records
 from orchestrator.settings import Settings
 
 BEST = 10
