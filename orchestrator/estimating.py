@@ -13,6 +13,7 @@ from orchestrator.items import ItemsSummary
 from orchestrator.results import answer_schema
 from orchestrator.runspec import RunSpec
 from orchestrator.workflow import Step, Workflow
+from prompts.engine import PromptEngine
 from providers.messages import Message, Usage
 from providers.pricing import FREE, cost_nusd, worst_nusd
 from providers.tokens import estimate_messages, upper_bound
@@ -75,7 +76,9 @@ def estimate(workflow: Workflow, spec: RunSpec, summary: ItemsSummary) -> Estima
 
 def _input(step: Step, spec: RunSpec, examples: Sequence[Mapping[str, Any]], items: int) -> tuple[int, int]:
     """Likely and greatest number of input tokens of one call, from the template's text and the mean sample item."""
-    template = sum(len(text) for name, text in spec.pack_files.items() if name == step.prompt)
+    templates = PromptEngine({name: text for name, text in spec.pack_files.items() if name.endswith(".j2")})
+    read = (step.prompt or "", *templates.load_template(step.prompt or "").includes)
+    template = sum(len(spec.pack_files[name]) for name in read)
     per_item = sum(len(str(dict(example))) for example in examples) // max(1, len(examples))
     # A reduce step shows the best entries with their answers, which are about as long as the items themselves.
     shown = 1 if step.reduce is None else 2 * min(step.reduce.top, items)

@@ -13,14 +13,14 @@ from decimal import Decimal
 from hashlib import sha256
 from itertools import islice
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 from celery import Celery
 
 from orchestrator import __version__, naming, planning, routing, validation
 from orchestrator.broker import make_app
 from orchestrator.config import ConfigManager
-from orchestrator.database import Database, intake, ledger, reports, runs, work
+from orchestrator.database import Database, DatabaseUnavailable, intake, ledger, reports, runs, work
 from orchestrator.database.runs import OPEN_RUN
 from orchestrator.errors import EnvironmentNotReady, InvalidInput, OrchestratorError, Problem, WorkflowError
 from orchestrator.estimating import Estimate, estimate
@@ -28,10 +28,10 @@ from orchestrator.files import FileManager, PackFiles
 from orchestrator.items import ItemSource, ItemsSummary, iter_items, open_source, scan_items
 from orchestrator.orchestration import WorkflowOrchestrator
 from orchestrator.runspec import Route, RunSpec
-from orchestrator.workflow import WORKFLOW_FILE, Workflow, parse_usd, read_workflow
+from orchestrator.workflow import WORKFLOW_FILE, Workflow, inspect_workflow, parse_usd
 from providers.price_data import price_for
 
-NUSD = 1_000_000_000
+T = TypeVar("T")
 BATCH = 1000
 FIRST_WINDOW = 200
 """Items of the first window, so that the first calls leave while most items are still being read."""
@@ -143,13 +143,15 @@ class WorkflowManager:
             InvalidInput: with all problems found.
             EnvironmentNotReady: the key of a provider that would be asked is missing.
         """
-        problems: list[Problem] = []
-        pack = self._files.load_prompts(request.pack)
+        problems = list(_selection_problems(request))
+        pack = _collect(problems, lambda: self._files.load_prompts(request.pack))
         source, summary = self._scan(request, pack, problems)
+        if pack is None:
+            raise InvalidInput(problems)
         examples = () if summary is None else summary.examples
         workflow, found = validation.check_pack(_all_files(pack), str(pack.root), examples)
         problems.extend(found)
-        if workflow is None or source is None or summary is None:
+        if workflow is None:
             raise InvalidInput(problems)
         configured = cast("Mapping[str, Any]", self._config.get_workflow_config(workflow.name))
         set_here: Mapping[str, Any] = configured.get("variables", {})
@@ -159,9 +161,11 @@ class WorkflowManager:
         )
         routes = self._routes(workflow, request, configured, problems)
         budget = _budget(request, workflow, configured, problems)
-        if problems or variables is None:
-            raise InvalidInput(problems)
-        self._require_keys(routes)
+        keys = self._missing_keys(routes)
+        if problems or variables is None or source is None or summary is None:
+            raise InvalidInput([*problems, *keys])
+        if keys:
+            raise EnvironmentNotReady(keys)
         spec = self._spec(workflow, pack, variables, routes)
         identity = _identity(spec, pack, summary)
         return Plan(
@@ -260,7 +264,10 @@ class WorkflowManager:
                 f"run {run_id} has not stored all its items; repeat its `run` command to continue it"
             )
         if budget_usd is not None:
-            self._set_budget(run, int(budget_usd * NUSD))
+            limit = parse_usd(str(budget_usd))
+            if limit is None:
+                raise InvalidInput(_bad_budget(str(budget_usd)))
+            self._set_budget(run, limit)
         orchestrator = self._orchestrator()
         orchestrator.manage_state(run, "running", None, sources=("paused",))
         orchestrator.republish(run)
@@ -277,17 +284,21 @@ class WorkflowManager:
         return self._orchestrator().manage_state(run, "cancelled", "user", sources=OPEN_RUN)
 
     def _scan(
-        self, request: RunRequest, pack: PackFiles, problems: list[Problem]
+        self, request: RunRequest, pack: PackFiles | None, problems: list[Problem]
     ) -> tuple[ItemSource | None, ItemsSummary | None]:
-        wanted: Path | str | None = request.input if request.input is not None else pack.sample_items
+        wanted: Path | str | None = request.input
+        if wanted is None and pack is not None:
+            wanted = pack.sample_items
         if wanted is None:
+            if pack is None:
+                return None, None
             problems.append(
                 Problem("items.none", "the pack has no sample items", str(pack.root), "name a file with --input")
             )
             return None, None
         try:
             source = self._held.enter_context(open_source(wanted, request.input_format))  # pyright: ignore[reportArgumentType]  # the reader checks the format
-            key_field = _key_field(pack)
+            key_field = None if pack is None else _key_field(pack)
             summary = scan_items(source, key_field, request.limit, request.sample, request.seed)
         except InvalidInput as error:
             problems.extend(error.problems)
@@ -316,15 +327,14 @@ class WorkflowManager:
                 routes[step.name] = chosen.routes
         return routes
 
-    def _require_keys(self, routes: Mapping[str, tuple[Route, ...]]) -> None:
+    def _missing_keys(self, routes: Mapping[str, tuple[Route, ...]]) -> list[Problem]:
         problems: list[Problem] = []
         for name in sorted({route.provider for chosen in routes.values() for route in chosen}):
             try:
                 self._config.get_llm_config(name)
             except EnvironmentNotReady as error:
                 problems.extend(error.problems)
-        if problems:
-            raise EnvironmentNotReady(problems)
+        return problems
 
     def _spec(
         self, workflow: Workflow, pack: PackFiles, variables: Mapping[str, Any], routes: Mapping[str, tuple[Route, ...]]
@@ -346,10 +356,16 @@ class WorkflowManager:
         return bool(used) and all(self._settings.providers[name].dialect == "simulator" for name in used)
 
     def _unfinished(self, identity: str) -> str | None:
-        if not self._database.is_prepared():
-            return None
-        with self._database.snapshot() as connection:
-            return runs.unfinished(connection, identity)
+        try:
+            if not self._database.is_prepared():
+                return None
+            with self._database.snapshot() as connection:
+                return runs.unfinished(connection, identity)
+        except DatabaseUnavailable as error:
+            reason = str(error.orig).strip().splitlines() or ["no reason was given"]
+            hint = "check DATABASE_URL and that the database runs"
+            problem = Problem("database.unavailable", reason[0], self._database.address, hint)
+            raise EnvironmentNotReady(problem) from error
 
     def _create(self, plan: Plan) -> StartedRun:
         run_id = naming.new_run_id()
@@ -407,7 +423,13 @@ class WorkflowManager:
         return make_app(self._redis_url, tuple(self._settings.providers), self._settings.queue_prefix)
 
 
-def _collect(problems: list[Problem], read: Callable[[], dict[str, Any]]) -> dict[str, Any] | None:
+def _selection_problems(request: RunRequest) -> Iterator[Problem]:
+    for name, wanted in (("limit", request.limit), ("sample", request.sample)):
+        if wanted is not None and wanted < 1:
+            yield Problem("items.bad-selection", f"{name} must be at least 1, not {wanted}", f"--{name}")
+
+
+def _collect(problems: list[Problem], read: Callable[[], T]) -> T | None:
     try:
         return read()
     except InvalidInput as error:
@@ -420,12 +442,9 @@ def _all_files(pack: PackFiles) -> dict[str, str]:
 
 
 def _key_field(pack: PackFiles) -> str | None:
-    try:
-        workflow, _ = read_workflow(pack.workflow_text, WORKFLOW_FILE)
-    except WorkflowError:
-        # Told by the check of the pack; the items are looked at all the same.
-        return None
-    return workflow.item_key
+    # What is wrong with the declaration is told by the check of the pack; the items are looked at all the same.
+    workflow = inspect_workflow(pack.workflow_text, WORKFLOW_FILE).workflow
+    return None if workflow is None else workflow.item_key
 
 
 def _budget(
@@ -437,10 +456,12 @@ def _budget(
         return None
     limit = parse_usd(text)
     if limit is None:
-        problems.append(
-            Problem("budget.invalid", f"the budget must be a number of US dollars above 0, not {text}", "--budget")
-        )
+        problems.append(_bad_budget(text))
     return limit
+
+
+def _bad_budget(text: str) -> Problem:
+    return Problem("budget.invalid", f"the budget must be a number of US dollars above 0, not {text}", "--budget")
 
 
 def _identity(spec: RunSpec, pack: PackFiles, summary: ItemsSummary) -> str:

@@ -6,10 +6,13 @@ not completed, because `{"score": 1` may have been going to be 10; and no value 
 """
 
 import json
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import islice
+from math import isfinite
 from statistics import fmean
 from typing import Any, cast
 
@@ -20,6 +23,8 @@ from orchestrator.workflow import AnswerSpec, object_schema
 from providers.messages import ChatReply
 
 MAX_ERRORS_TOLD = 5
+MAX_ERROR_CHARS = 300
+"""Of one error: a message of the validator repeats the value that is wrong, however long it is."""
 EXTRACTED_PENALTY = 0.1
 EMPTY_PENALTY = 0.2
 
@@ -68,11 +73,11 @@ class ResultProcessor:
             return self._parse_text(reply.text)
         value, surrounded = _one_object(reply.text)
         errors = [
-            f"{_path(error.instance_path) or 'the answer'}: {error.message}"
-            for error in self._validator.iter_errors(value)
+            f"{_path(error.instance_path) or 'the answer'}: {_shortened(error.message)}"
+            for error in islice(self._validator.iter_errors(value), MAX_ERRORS_TOLD)
         ]
         if errors:
-            raise AnswerError("; ".join(errors[:MAX_ERRORS_TOLD]))
+            raise AnswerError("; ".join(errors))
         quality, flags = self.validate_quality(value, surrounded=surrounded)
         return Answer(value, quality, flags)
 
@@ -123,7 +128,8 @@ def aggregate_results(values: Sequence[Any]) -> Any:
     if len(values) == 1 or not isinstance(values[0], dict):
         return values[0]
     objects = cast("Sequence[dict[str, Any]]", values)
-    return {name: _aggregate([one[name] for one in objects if name in one]) for name in objects[0]}
+    names = dict.fromkeys(name for one in objects for name in one)
+    return {name: _aggregate([one[name] for one in objects if name in one]) for name in names}
 
 
 def answer_schema(spec: AnswerSpec, files: Mapping[str, str]) -> dict[str, Any] | None:
@@ -159,14 +165,19 @@ def _path(parts: Sequence[str | int]) -> str:
 
 
 def _one_object(text: str) -> tuple[Any, bool]:
-    """The one JSON object of a reply, and whether anything but white space and one code fence was around it."""
+    """The one JSON object of a reply, and whether anything but white space and one code fence was around it.
+
+    An object that begins and is not valid makes the reply invalid: what stands inside of it may look like an answer.
+    """
     stripped = _unfenced(text.strip().removeprefix("\ufeff"))
     try:
-        value = json.loads(stripped, parse_constant=_no_constant, object_pairs_hook=_unique)
+        value = json.loads(stripped, **_STRICT)
     except json.JSONDecodeError:
         value = None
     except RecursionError:
         raise AnswerError("the JSON is nested too deeply") from None
+    except ValueError:
+        raise AnswerError("a number in the JSON is too long") from None
     if isinstance(value, dict):
         return cast("dict[str, Any]", value), False
     if value is not None:
@@ -188,21 +199,38 @@ def _unfenced(text: str) -> str:
 
 
 def _objects_in(text: str) -> Iterator[dict[str, Any]]:
-    decoder = json.JSONDecoder(parse_constant=_no_constant, object_pairs_hook=_unique)
+    decoder = json.JSONDecoder(**_STRICT)
     position = text.find("{")
     while position != -1:
         try:
             value, position = decoder.raw_decode(text, position)
             yield value
-        except json.JSONDecodeError:
+        except json.JSONDecodeError as error:
+            if _OPENED.match(text, position):
+                raise AnswerError(f"the reply holds a JSON object that is not valid: {error.msg}") from None
             position += 1
         except RecursionError:
             raise AnswerError("the JSON is nested too deeply") from None
+        except ValueError:
+            raise AnswerError("a number in the JSON is too long") from None
         position = text.find("{", position)
 
 
 def _no_constant(name: str) -> Any:
     raise AnswerError(f"{name} is no number")
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not isfinite(number):
+        raise AnswerError(f"{_shortened(text)} is no number that can be stored")
+    return number
+
+
+def _shortened(text: str) -> str:
+    return (
+        text if len(text) <= MAX_ERROR_CHARS else f"{text[: MAX_ERROR_CHARS // 2]} ... {text[-MAX_ERROR_CHARS // 2 :]}"
+    )
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -211,6 +239,14 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if twice:
         raise AnswerError(f"the field {twice[0]!r} stands there twice")
     return dict(pairs)
+
+
+_OPENED = re.compile(r'\{\s*"')
+_STRICT: dict[str, Any] = {
+    "parse_constant": _no_constant,
+    "parse_float": _finite,
+    "object_pairs_hook": _unique,
+}
 
 
 def _aggregate(values: Sequence[Any]) -> Any:

@@ -109,10 +109,9 @@ class RunSpec:
 
     def only(self, steps: Set[str]) -> "RunSpec":
         """The same run with some of its steps; the caller names every step that they need."""
-        kept = tuple(step for step in self.workflow.steps if step.name in steps)
         return replace(
             self,
-            workflow=self.workflow.model_copy(update={"steps": kept}),
+            workflow=self.workflow.only(steps),
             routes={name: routes for name, routes in self.routes.items() if name in steps},
             steps=frozenset(steps),
         )

@@ -4,7 +4,9 @@ Templates are checked against sample values: an item as the input has it, and fo
 form that the step declares. So a misspelt variable is found before the first call and not after the thousandth.
 """
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
+from math import isfinite
 from typing import Any
 
 from orchestrator import context
@@ -12,11 +14,13 @@ from orchestrator.errors import AnswerError, Problem, WorkflowError, did_you_mea
 from orchestrator.planning import needed_answers
 from orchestrator.results import answer_schema
 from orchestrator.toml_source import TomlDocument
-from orchestrator.workflow import WORKFLOW_FILE, AnswerField, Step, Workflow, has_type, read_workflow
+from orchestrator.workflow import WORKFLOW_FILE, AnswerField, Step, Workflow, has_type, inspect_workflow
+from prompts.analysis import UNKNOWN
 from prompts.conditions import compile_condition
 from prompts.engine import PromptEngine
 from prompts.errors import PromptError, TemplateProblem
 
+_UNDEFINED = re.compile(r"'([^'.]+)[^']*' is not defined")
 SAMPLE_RANK = {"rank": 1, "score": 5.0}
 SAMPLE_TOTALS = {"items": 1, "completed": 1, "failed": 0, "skipped": 0, "ranked": 1}
 
@@ -29,21 +33,21 @@ def check_pack(
     Args:
         files: text by file name.
         root: what places call the pack's folder.
-        examples: some items; fields that any of them has may be used by templates.
+        examples: some items; fields that any of them has may be used by templates. Without any, nothing is known
+            about items, and names that could be their fields are not reported.
 
     Returns:
-        The workflow, or None when its declaration cannot be read, and all problems.
+        The workflow, and all problems. With problems the workflow is what is probably meant, and None when that
+        cannot be told.
     """
-    place = f"{root}/{WORKFLOW_FILE}"
-    try:
-        workflow, document = read_workflow(files[WORKFLOW_FILE], place)
-    except WorkflowError as error:
-        return None, list(error.problems)
-    problems = list(_missing_files(workflow, document, files))
-    if not problems:
-        problems.extend(_schema_problems(workflow, document, files))
-    if not problems:
-        problems.extend(_template_problems(workflow, document, files, root, examples))
+    found = inspect_workflow(files[WORKFLOW_FILE], f"{root}/{WORKFLOW_FILE}")
+    problems = list(found.problems)
+    workflow, document = found.workflow, found.document
+    if workflow is None or document is None:
+        return None, problems
+    problems.extend(_missing_files(workflow, document, files))
+    problems.extend(_schema_problems(workflow, document, files))
+    problems.extend(_template_problems(workflow, document, files, root, examples, is_ordered=found.is_ordered))
     return workflow, problems
 
 
@@ -59,12 +63,12 @@ def read_variables(workflow: Workflow, given: Mapping[str, str], configured: Map
         WorkflowError: a variable is unknown, missing or of the wrong type; all of them at once.
     """
     problems: list[Problem] = []
-    for name in (*given, *configured):
+    places = {name: f"workflows.{workflow.name}.variables.{name}" for name in configured}
+    places |= {name: f"--var {name}" for name in given}
+    for name, place in places.items():
         if name not in workflow.variables:
-            hint = did_you_mean(name, workflow.variables)
-            problems.append(
-                Problem("variable.unknown", f"the workflow has no variable {name!r}", f"--var {name}", hint)
-            )
+            hint = did_you_mean(name, workflow.variables) if workflow.variables else "it has none"
+            problems.append(Problem("variable.unknown", f"the workflow has no variable {name!r}", place, hint))
     values: dict[str, Any] = {}
     for name, variable in workflow.variables.items():
         value = _typed(given[name], variable.type) if name in given else configured.get(name, variable.default)
@@ -75,9 +79,9 @@ def read_variables(workflow: Workflow, given: Mapping[str, str], configured: Map
                     "variable.bad-value", f"variable {name!r} {what}", f"--var {name}", variable.description or None
                 )
             )
-        elif value is not None and not has_type(value, variable.type):
+        elif value is not None and name in places and not has_type(value, variable.type):
             message = f"variable {name!r} must be of type {variable.type}"
-            problems.append(Problem("variable.bad-value", message, f"workflows.{workflow.name}.variables.{name}"))
+            problems.append(Problem("variable.bad-value", message, places[name]))
         values[name] = value
     if problems:
         raise WorkflowError(problems)
@@ -91,7 +95,8 @@ def _typed(text: str, type_: str) -> str | int | float | bool | None:
             case "integer":
                 return int(text)
             case "number":
-                return float(text)
+                number = float(text)
+                return number if isfinite(number) else None
             case "boolean":
                 return {"true": True, "false": False}.get(text.lower())
             case _:
@@ -113,6 +118,8 @@ def _missing_files(workflow: Workflow, document: TomlDocument, files: Mapping[st
 
 def _schema_problems(workflow: Workflow, document: TomlDocument, files: Mapping[str, str]) -> Iterator[Problem]:
     for index, step in enumerate(workflow.steps):
+        if step.answer.schema_file not in files:
+            continue
         try:
             answer_schema(step.answer, files)
         except AnswerError as error:
@@ -125,36 +132,46 @@ def _template_problems(
     files: Mapping[str, str],
     root: str,
     examples: Sequence[Mapping[str, Any]],
+    *,
+    is_ordered: bool,
 ) -> Iterator[Problem]:
     engine = PromptEngine({name: text for name, text in files.items() if name.endswith(".j2")})
     seen: set[str] = set()
     for index, step in enumerate(workflow.steps):
-        values = _sample_values(workflow, step, examples)
-        if step.prompt is not None:
-            for problem in _of_template(engine, step.prompt, values, root):
-                if problem.render() not in seen:
-                    seen.add(problem.render())
-                    yield problem
+        values = _sample_values(workflow, step, examples) if is_ordered else _unordered_values(workflow, examples)
+        is_open = not examples and step.kind == "item"
+        found: list[Problem] = []
+        if step.prompt is not None and step.prompt in files:
+            found.extend(_of_template(engine, step.prompt, values, root, is_open=is_open))
         if step.when is not None:
-            yield from _of_condition(step, values, document.locate(("steps", index, "when")))
+            place = document.locate(("steps", index, "when"))
+            found.extend(_of_condition(step, values, place, is_open=is_open))
+        yield from (problem for problem in found if problem.render() not in seen)
+        seen.update(problem.render() for problem in found)
 
 
-def _of_template(engine: PromptEngine, name: str, values: context.Values, root: str) -> Iterator[Problem]:
-    try:
-        found = engine.validate_variables(name, values)
-    except PromptError as error:
-        found = [error.problem]
-    for problem in found:
-        yield Problem("template.invalid", problem.message, _place(problem, root), problem.hint)
+def _of_template(
+    engine: PromptEngine, name: str, values: context.Values, root: str, *, is_open: bool
+) -> Iterator[Problem]:
+    for problem in engine.validate_variables(name, values):
+        if not (is_open and _could_be_a_field(problem, values)):
+            yield Problem("template.invalid", problem.message, _place(problem, root), problem.hint)
 
 
-def _of_condition(step: Step, values: context.Values, place: str) -> Iterator[Problem]:
+def _of_condition(step: Step, values: context.Values, place: str, *, is_open: bool) -> Iterator[Problem]:
     try:
         found = compile_condition(step.when or "").problems(values)
     except PromptError as error:
         found = [error.problem]
     for problem in found:
-        yield Problem("workflow.bad-condition", f"step {step.name!r}: {problem.message}", place, problem.hint)
+        if not (is_open and _could_be_a_field(problem, values)):
+            yield Problem("workflow.bad-condition", f"step {step.name!r}: {problem.message}", place, problem.hint)
+
+
+def _could_be_a_field(problem: TemplateProblem, values: context.Values) -> bool:
+    """Whether a name is missing that items may have; asked where no item is known."""
+    named = _UNDEFINED.fullmatch(problem.message)
+    return named is not None and named[1] not in values
 
 
 def _place(problem: TemplateProblem, root: str) -> str:
@@ -162,21 +179,36 @@ def _place(problem: TemplateProblem, root: str) -> str:
     return ":".join([f"{root}/{problem.template}", *numbers])
 
 
+def _unordered_values(workflow: Workflow, examples: Sequence[Mapping[str, Any]]) -> context.Values:
+    """Names for a workflow whose steps have no order: every step may see every other one."""
+    answers = {step.name: UNKNOWN for step in workflow.steps}
+    answers |= {step.alias: UNKNOWN for step in workflow.steps if step.alias is not None}
+    others = {"answers": UNKNOWN, "entries": UNKNOWN, "totals": UNKNOWN, "workflow": "", "step": ""}
+    return {**_sample_item(examples), **_sample_variables(workflow), **answers, **others, "item": UNKNOWN}
+
+
 def _sample_values(workflow: Workflow, step: Step, examples: Sequence[Mapping[str, Any]]) -> context.Values:
-    variables = {
-        name: _sample_variable(variable.type, variable.default) for name, variable in workflow.variables.items()
-    }
-    item: dict[str, Any] = {}
-    for example in examples:
-        item = {**example, **item}
+    variables, item = _sample_variables(workflow), _sample_item(examples)
     earlier = [workflow.step(name) for name in needed_answers(workflow, step)]
     answers = {one.name: SAMPLE_RANK if not one.asks() else _sample_answer(one) for one in earlier}
     if step.kind == "item":
-        return context.item_context(workflow, step.name, variables, item, answers)
+        values = context.item_context(workflow, step.name, variables, item, answers)
+        return values if examples else {**values, "item": UNKNOWN}
     of_items = {one.name: answers[one.name] for one in earlier if one.kind == "item"}
-    entries = [{**SAMPLE_RANK, "key": "sample", "item": item, "answers": of_items}]
+    entries = [{**SAMPLE_RANK, "key": "sample", "item": item if examples else UNKNOWN, "answers": of_items}]
     reduced = {one.name: answers[one.name] for one in earlier if one.kind == "reduce" and one.asks()}
     return context.reduce_context(workflow, step.name, variables, entries, SAMPLE_TOTALS, reduced)
+
+
+def _sample_item(examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    item: dict[str, Any] = {}
+    for example in examples:
+        item = {**example, **item}
+    return item
+
+
+def _sample_variables(workflow: Workflow) -> dict[str, Any]:
+    return {name: _sample_variable(variable.type, variable.default) for name, variable in workflow.variables.items()}
 
 
 def _sample_variable(type_: str, default: Any) -> Any:
@@ -186,8 +218,10 @@ def _sample_variable(type_: str, default: Any) -> Any:
 def _sample_answer(step: Step) -> Any:
     if step.answer.format != "json":
         return "sample"
-    # The fields of a schema file are not known here; its templates are checked by name only.
-    return {name: _sample_field(field) for name, field in (step.answer.fields or {}).items()}
+    if step.answer.fields is None:
+        # The fields of a schema file are not known here; its templates are checked by name only.
+        return UNKNOWN
+    return {name: _sample_field(field) for name, field in step.answer.fields.items()}
 
 
 def _sample_field(field: AnswerField) -> Any:

@@ -6,7 +6,8 @@ the declaration alone. Its JSON Schema is published for editors by `json_schema`
 """
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
 from functools import cached_property
 from graphlib import CycleError, TopologicalSorter
@@ -15,7 +16,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 from pydantic_core import ErrorDetails
 
-from orchestrator.errors import Problem, WorkflowError, did_you_mean
+from orchestrator.errors import InvalidInput, Problem, WorkflowError, did_you_mean, suggest
 from orchestrator.toml_source import TomlDocument, parse_toml
 
 WORKFLOW_FILE = "workflow.toml"
@@ -195,6 +196,29 @@ class Workflow(_Strict):
                 return step
         raise KeyError(name)
 
+    def only(self, names: Set[str]) -> "Workflow":
+        """The same workflow with some of its steps; whoever names a step names all that it needs."""
+        # A plain copy would take the cached order of all steps along.
+        fields: dict[str, Any] = {name: getattr(self, name) for name in type(self).model_fields}
+        fields["steps"] = tuple(one for one in self.steps if one.name in names)
+        return type(self).model_construct(None, **fields)
+
+
+@dataclass(frozen=True, slots=True)
+class Inspected:
+    """A declaration with all that is wrong with it.
+
+    Attributes:
+        workflow: what it says; with problems, what it probably means. None when that cannot be told.
+        document: for locating further problems; None when the text is no TOML.
+        is_ordered: the steps have an order of work, so that it is known what each of them sees.
+    """
+
+    workflow: Workflow | None
+    document: TomlDocument | None
+    problems: tuple[Problem, ...]
+    is_ordered: bool
+
 
 def read_workflow(source: str, place: str) -> tuple[Workflow, TomlDocument]:
     """Reads a declaration.
@@ -209,21 +233,86 @@ def read_workflow(source: str, place: str) -> tuple[Workflow, TomlDocument]:
     Raises:
         WorkflowError: with all problems; each place is `file:line:column`.
     """
-    document = parse_toml(source, place)
+    found = inspect_workflow(source, place)
+    if found.problems or found.workflow is None or found.document is None:
+        raise WorkflowError(found.problems)
+    return found.workflow, found.document
+
+
+def inspect_workflow(source: str, place: str) -> Inspected:
+    """Reads a declaration as far as it can be read, so that one mistake does not hide another one.
+
+    A key that is misspelt is taken for the one that was probably meant, and a value that cannot be used for its
+    default; what is then wrong is reported beside it.
+    """
     try:
-        # Through JSON, because strict validation takes an array for a tuple only there.
-        workflow = Workflow.model_validate_json(json.dumps(document.data, default=str))
+        document = parse_toml(source, place)
+    except InvalidInput as error:
+        return Inspected(None, None, error.problems, is_ordered=False)
+    problems: list[Problem] = []
+    try:
+        workflow = _validated(document.data)
     except ValidationError as error:
-        raise WorkflowError([_as_problem(detail, document) for detail in error.errors()]) from None
-    problems = list(_structure_problems(workflow, document))
-    if problems:
-        raise WorkflowError(problems)
-    return workflow, document
+        details = error.errors()
+        problems.extend(_as_problem(detail, document) for detail in details)
+        workflow = _repaired(document.data, details)
+    if workflow is None:
+        return Inspected(None, document, tuple(problems), is_ordered=False)
+    order = list(_order_problems(workflow, document))
+    known = {(one.place, one.code) for one in problems}
+    further = [*order, *_structure_problems(workflow, document)]
+    problems.extend(one for one in further if (one.place, one.code) not in known)
+    return Inspected(workflow, document, tuple(problems), is_ordered=not order)
 
 
 def json_schema() -> dict[str, Any]:
     """The JSON Schema of `workflow.toml`, for editors."""
     return Workflow.model_json_schema(by_alias=True)
+
+
+def _validated(data: Mapping[str, Any]) -> Workflow:
+    # Through JSON, because strict validation takes an array for a tuple only there.
+    return Workflow.model_validate_json(json.dumps(data, default=str))
+
+
+def _repaired(data: Mapping[str, Any], details: Sequence[ErrorDetails]) -> Workflow | None:
+    """The workflow that was probably meant; None when something is missing or too much is wrong."""
+    copy = json.loads(json.dumps(data, default=str))
+    try:
+        # Deepest and last first, so that the positions of the others stay true.
+        for detail in sorted(details, key=lambda one: [str(part).zfill(6) for part in one["loc"]], reverse=True):
+            _repair(copy, detail)
+        return _validated(copy)
+    except (LookupError, ValidationError):
+        return None
+
+
+def _repair(data: Any, detail: ErrorDetails) -> None:
+    """Renames a misspelt key, or takes away a value that is not valid.
+
+    Raises:
+        LookupError: there is no way to go on without what is wrong.
+    """
+    if detail["type"] == "missing":
+        raise LookupError(detail["loc"])
+    path = list(detail["loc"])
+    tables = [data]
+    for part in path:
+        # Behind the value itself stand the types that it could have had.
+        inner = tables[-1]
+        if not isinstance(inner, dict | list) or (isinstance(inner, dict) and part not in inner):
+            break
+        tables.append(inner[part])  # pyright: ignore[reportArgumentType, reportCallIssue, reportUnknownArgumentType]
+    path = path[: len(tables) - 1]
+    while path and not isinstance(path[-1], str):
+        path.pop()
+    if not path:
+        raise LookupError(detail["loc"])
+    table = tables[len(path) - 1]
+    value = table.pop(path[-1])
+    meant = suggest(str(path[-1]), _keys_beside(path)) if detail["type"] == "extra_forbidden" else None
+    if meant is not None and meant not in table:
+        table[meant] = value
 
 
 def _as_problem(detail: ErrorDetails, document: TomlDocument) -> Problem:
@@ -267,27 +356,27 @@ def _model_of(model: type[BaseModel], key: str) -> type[BaseModel] | None:
     }.get(key)
 
 
-def _structure_problems(workflow: Workflow, document: TomlDocument) -> Iterator[Problem]:
+def _order_problems(workflow: Workflow, document: TomlDocument) -> Iterator[Problem]:
+    """What keeps the steps from having an order of work, and templates from having a known set of names."""
     names = [step.name for step in workflow.steps]
     yield from _name_problems(workflow, document, names)
     known = set(names)
-    unknown = False
     for index, step in enumerate(workflow.steps):
         for position, need in enumerate(step.needs):
             if need not in known:
-                unknown = True
                 place = document.locate(("steps", index, "needs", position))
                 message = f"step {step.name!r} needs {need!r}, which is not a step"
                 yield Problem("workflow.unknown-step", message, place, did_you_mean(need, known - {step.name}))
-    if not unknown:
-        try:
-            _ = workflow.ordered_steps
-        except CycleError as error:
-            cycle = " -> ".join(error.args[1])
-            index = names.index(error.args[1][0])
-            yield Problem(
-                "workflow.cycle", f"steps need each other: {cycle}", document.locate(("steps", index, "needs"))
-            )
+    try:
+        TopologicalSorter({step.name: known & {*step.needs} for step in workflow.steps}).prepare()
+    except CycleError as error:
+        # The sorter follows the arrows backwards: each one it names is needed by the one before.
+        circle = [str(name) for name in reversed(error.args[1])]
+        place = document.locate(("steps", names.index(circle[0]), "needs"))
+        yield Problem("workflow.cycle", f"steps need each other: {' -> '.join(circle)}", place)
+
+
+def _structure_problems(workflow: Workflow, document: TomlDocument) -> Iterator[Problem]:
     for index, step in enumerate(workflow.steps):
         yield from _step_problems(workflow, step, ("steps", index), document)
     for name, variable in workflow.variables.items():
@@ -333,6 +422,8 @@ def _step_problems(
         yield problem(
             "missing-reduce", "a reduce step needs a table [steps.reduce]", hint="with rule = 'rank' or 'llm'"
         )
+    if step.kind == "reduce" and step.repeats > 1:
+        yield problem("repeats-on-reduce", "only an item step can be asked several times", "repeats")
     if step.reduce is not None and step.kind == "reduce":
         yield from (
             problem(code, message, "reduce", *keys, hint=hint)
@@ -390,13 +481,39 @@ def _answer_problems(answer: AnswerSpec) -> Iterator[tuple[str, str, tuple[str |
         yield "answer", "a JSON answer needs either fields or a schema file", ()
     if answer.format != "json" and (answer.fields is not None or answer.schema_file is not None):
         yield "answer", f"an answer in {answer.format} has neither fields nor a schema", ()
+    if answer.min_length > answer.max_length:
+        yield "answer", "min_length is above max_length", ("min_length",)
     for name, field in (answer.fields or {}).items():
-        if field.type == "list" and field.items is None:
-            yield "answer", f"list {name!r} must say what its items are", ("fields", name)
-        if field.minimum is not None and field.maximum is not None and field.minimum > field.maximum:
-            yield "answer", f"{name!r}: minimum is above maximum", ("fields", name, "minimum")
-        if (field.minimum is not None or field.maximum is not None) and field.type not in ("integer", "number"):
-            yield "answer", f"{name!r}: only numbers have a range", ("fields", name)
+        yield from _field_problems(field, name, ("fields", name))
+
+
+_FieldProblem = tuple[str, str, tuple[str | int, ...]]
+
+
+def _field_problems(field: AnswerField, name: str, keys: tuple[str | int, ...]) -> Iterator[_FieldProblem]:
+    """What no answer could ever satisfy, in a field and in the fields inside of it."""
+    if field.type == "list" and field.items is None:
+        yield "answer", f"list {name!r} must say what its items are", keys
+    if _is_above(field.minimum, field.maximum):
+        yield "answer", f"{name!r}: minimum is above maximum", (*keys, "minimum")
+    if _is_above(field.min_items, field.max_items):
+        yield "answer", f"{name!r}: min_items is above max_items", (*keys, "min_items")
+    if (field.minimum is not None or field.maximum is not None) and field.type not in ("integer", "number"):
+        yield "answer", f"{name!r}: only numbers have a range", keys
+    if field.choices is not None and not _can_be_chosen(field):
+        yield "answer", f"{name!r}: none of the choices is a possible {field.type}", (*keys, "choices")
+    if field.items is not None:
+        yield from _field_problems(field.items, f"{name}.items", (*keys, "items"))
+    for inner, of_inner in (field.fields or {}).items():
+        yield from _field_problems(of_inner, f"{name}.{inner}", (*keys, "fields", inner))
+
+
+def _is_above(least: float | None, most: float | None) -> bool:
+    return least is not None and most is not None and least > most
+
+
+def _can_be_chosen(field: AnswerField) -> bool:
+    return field.type != "list" and any(has_type(choice, field.type) for choice in field.choices or ())
 
 
 def has_type(value: object, type_: ScalarType) -> bool:

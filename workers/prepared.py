@@ -111,7 +111,7 @@ class PreparedRun:
         return Prompt(
             messages=messages,
             text=text,
-            messages_hash=sha256(text.encode()).hexdigest(),
+            messages_hash=sha256(json.dumps([(one.role, one.content) for one in messages]).encode()).hexdigest(),
             input_tokens=estimate_messages(messages) + kit.schema_tokens,
             input_upper=upper_bound(messages) + kit.schema_upper,
         )
