@@ -4,11 +4,11 @@ The key is a hash of everything that shapes the answer (see `workers.client`), s
 All functions work inside the caller's transaction.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 
-from sqlalchemy import Connection, delete, func, select
+from sqlalchemy import Connection, Table, bindparam, delete, func, select
 from sqlalchemy.dialects import postgresql, sqlite
 
 from orchestrator.database.tables import result_cache
@@ -33,23 +33,15 @@ class CacheEntry:
 
 def find(connection: Connection, keys: Iterable[str]) -> Mapping[str, str]:
     """The stored results (JSON text) of those keys that are known and not expired, by key."""
-    query = select(result_cache.c.cache_key, result_cache.c.result).where(
-        result_cache.c.cache_key.in_(list(keys)), result_cache.c.expires_at > datetime.now(UTC)
-    )
-    return {row.cache_key: row.result for row in connection.execute(query)}
+    found = connection.execute(_FIND, {"keys": list(keys), "moment": datetime.now(UTC)})
+    return {row.cache_key: row.result for row in found}
 
 
 def store(connection: Connection, entries: Sequence[CacheEntry]) -> None:
     """Keeps results; a newer one replaces an older one of the same key."""
     if not entries:
         return
-    dialect = sqlite if connection.dialect.name == "sqlite" else postgresql
     started = datetime.now(UTC)
-    statement = dialect.insert(result_cache)
-    statement = statement.on_conflict_do_update(
-        index_elements=["cache_key"],
-        set_={"result": statement.excluded.result, "expires_at": statement.excluded.expires_at},
-    )
     rows = {
         entry.key: {
             "cache_key": entry.key,
@@ -60,7 +52,21 @@ def store(connection: Connection, entries: Sequence[CacheEntry]) -> None:
         for entry in entries
     }
     # Sorted, so that two workers that store the same keys wait for each other instead of deadlocking.
-    connection.execute(statement, [rows[key] for key in sorted(rows)])
+    connection.execute(_STORE[connection.dialect.name], [rows[key] for key in sorted(rows)])
+
+
+def _store(make: Callable[[Table], sqlite.Insert | postgresql.Insert]) -> sqlite.Insert | postgresql.Insert:
+    statement = make(result_cache)
+    return statement.on_conflict_do_update(
+        index_elements=["cache_key"],
+        set_={"result": statement.excluded.result, "expires_at": statement.excluded.expires_at},
+    )
+
+
+_STORE = {"sqlite": _store(sqlite.insert), "postgresql": _store(postgresql.insert)}
+_FIND = select(result_cache.c.cache_key, result_cache.c.result).where(
+    result_cache.c.cache_key.in_(bindparam("keys", expanding=True)), result_cache.c.expires_at > bindparam("moment")
+)
 
 
 def purge(connection: Connection, *, everything: bool = False) -> int:

@@ -23,14 +23,15 @@ from sqlalchemy import (
     Row,
     create_engine,
     event,
-    func,
-    literal_column,
     make_url,
 )
 from sqlalchemy.engine.interfaces import DBAPIConnection, DBAPICursor
 from sqlalchemy.exc import ArgumentError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
+from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.pool import ConnectionPoolEntry
+from sqlalchemy.sql.compiler import SQLCompiler
+from sqlalchemy.types import TypeEngine
 
 AnyRow = Row[*tuple[Any, ...]]
 """A row of a query whose columns are named in the docstring of the function that returns it."""
@@ -141,11 +142,25 @@ def _use_wal(cursor: DBAPICursor) -> None:
             return
 
 
-def now(connection: Connection) -> ColumnElement[float]:
-    """The database's clock as a column: seconds since the epoch, with at least milliseconds."""
-    if connection.dialect.name == "sqlite":
-        return literal_column("((julianday('now') - 2440587.5) * 86400.0)", Double)
-    return func.extract("epoch", func.clock_timestamp()).cast(Double)
+class _Clock(ColumnElement[float]):
+    """One element for both databases, so that statements with it can be built once, when a module is loaded."""
+
+    inherit_cache = True
+    type: TypeEngine[float] = Double()
+
+
+@compiles(_Clock)
+def _postgres_clock(_element: _Clock, _compiler: SQLCompiler, **_: Any) -> str:  # pyright: ignore[reportUnusedFunction]  # registered by the decorator
+    return "CAST(EXTRACT(epoch FROM clock_timestamp()) AS DOUBLE PRECISION)"
+
+
+@compiles(_Clock, "sqlite")
+def _sqlite_clock(_element: _Clock, _compiler: SQLCompiler, **_: Any) -> str:  # pyright: ignore[reportUnusedFunction]  # registered by the decorator
+    return "((julianday('now') - 2440587.5) * 86400.0)"
+
+
+NOW: ColumnElement[float] = _Clock()
+"""The database's clock as a column: seconds since the epoch, with at least milliseconds."""
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from sqlalchemy import Connection, delete, insert, or_, select, update
 from sqlalchemy.dialects import postgresql, sqlite
 
 from orchestrator.database import ledger, runs
-from orchestrator.database.engine import now
+from orchestrator.database.engine import NOW
 from orchestrator.database.tables import llm_usage, locks, prompt_executions, workers
 
 
@@ -34,8 +34,8 @@ def register(connection: Connection, worker: str, queues: str, version: str, lea
             queues=queues,
             version=version,
             lease_seconds=lease_s,
-            started_at=now(connection),
-            heartbeat_at=now(connection),
+            started_at=NOW,
+            heartbeat_at=NOW,
         )
     )
 
@@ -43,9 +43,7 @@ def register(connection: Connection, worker: str, queues: str, version: str, lea
 def beat(connection: Connection, worker: str, in_flight: int, bound_by: str | None) -> bool:
     """Renews a worker's lease; False when it was taken for dead meanwhile and must register anew."""
     statement = (
-        update(workers)
-        .where(workers.c.id == worker)
-        .values(heartbeat_at=now(connection), in_flight=in_flight, bound_by=bound_by)
+        update(workers).where(workers.c.id == worker).values(heartbeat_at=NOW, in_flight=in_flight, bound_by=bound_by)
     )
     return connection.execute(statement).rowcount == 1
 
@@ -57,7 +55,7 @@ def sign_off(connection: Connection, worker: str) -> Freed:
 
 def free_dead(connection: Connection) -> Freed:
     """Frees what dead workers held, and calls whose worker is not known at all."""
-    dead = select(workers.c.id).where(workers.c.heartbeat_at < now(connection) - workers.c.lease_seconds)
+    dead = select(workers.c.id).where(workers.c.heartbeat_at < NOW - workers.c.lease_seconds)
     gone = list(connection.execute(dead.with_for_update(skip_locked=True)).scalars())
     known = select(workers.c.id)
     orphaned = select(prompt_executions.c.worker_id).where(
@@ -89,11 +87,10 @@ def _free(connection: Connection, gone: list[str], *, lost: bool) -> Freed:
 def take_lock(connection: Connection, name: str, owner: str, seconds: float) -> bool:
     """Takes or renews a named lock for some seconds; False while somebody else holds it."""
     dialect = sqlite if connection.dialect.name == "sqlite" else postgresql
-    clock = now(connection)
-    statement = dialect.insert(locks).values(name=name, owner=owner, until_at=clock + seconds)
+    statement = dialect.insert(locks).values(name=name, owner=owner, until_at=NOW + seconds)
     statement = statement.on_conflict_do_update(
         index_elements=["name"],
         set_={"owner": statement.excluded.owner, "until_at": statement.excluded.until_at},
-        where=or_(locks.c.owner == owner, locks.c.until_at < clock),
+        where=or_(locks.c.owner == owner, locks.c.until_at < NOW),
     )
     return connection.execute(statement.returning(locks.c.owner)).scalar_one_or_none() == owner

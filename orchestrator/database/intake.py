@@ -12,7 +12,7 @@ from typing import Any
 from sqlalchemy import Connection, func, insert, select, update
 
 from orchestrator.database import ledger
-from orchestrator.database.engine import now
+from orchestrator.database.engine import NOW
 from orchestrator.database.tables import items, windows, workflow_executions
 
 _runs = workflow_executions.c
@@ -20,7 +20,7 @@ _runs = workflow_executions.c
 
 def create_run(connection: Connection, values: dict[str, Any], limit_nusd: int | None) -> int:
     """Writes a run and its budget; returns the run's number."""
-    statement = insert(workflow_executions).values(**values, producer_at=now(connection)).returning(_runs.id)
+    statement = insert(workflow_executions).values(**values, producer_at=NOW).returning(_runs.id)
     run = connection.execute(statement).scalar_one()
     ledger.set_limit(connection, ledger.run_scope(run), limit_nusd)
     return run
@@ -33,7 +33,7 @@ def add_items(connection: Connection, run: int, rows: Sequence[tuple[int, str, s
         [{"ordinal": ordinal, "item_key": key, "content": content} for ordinal, key, content in rows],
     )
     statement = update(workflow_executions).where(_runs.id == run)
-    connection.execute(statement.values(items_total=rows[-1][0] + 1, producer_at=now(connection)))
+    connection.execute(statement.values(items_total=rows[-1][0] + 1, producer_at=NOW))
 
 
 def add_windows(

@@ -20,7 +20,7 @@ from typing import Any, Literal
 from sqlalchemy import Connection, bindparam, func, insert, select, update
 from sqlalchemy.dialects import postgresql, sqlite
 
-from orchestrator.database.engine import AnyRow, now
+from orchestrator.database.engine import NOW, AnyRow
 from orchestrator.database.tables import budgets, llm_usage
 
 GLOBAL_SCOPE = "global"
@@ -109,8 +109,7 @@ def find_budget(connection: Connection, scope: str) -> Budget:
 
 def lock_budgets(connection: Connection, ids: Iterable[int]) -> dict[int, Budget]:
     """Locks budgets until the end of the transaction and returns them by id."""
-    query = select(budgets).where(budgets.c.id.in_(sorted(set(ids)))).order_by(budgets.c.id).with_for_update()
-    return {row.id: _budget(row) for row in connection.execute(query)}
+    return {row.id: _budget(row) for row in connection.execute(_LOCK, {"ids": sorted(set(ids))})}
 
 
 def reserve(connection: Connection, taken_nusd: Mapping[int, int]) -> None:
@@ -125,29 +124,13 @@ def add_attempts(connection: Connection, rows: Sequence[Mapping[str, Any]]) -> N
     what is reserved and not yet on its way lives for a few milliseconds inside this transaction only.
     """
     if rows:
-        clock = now(connection)
-        connection.execute(insert(llm_usage).values(status="sent", reserved_at=clock, sent_at=clock), rows)
+        connection.execute(_ADD, rows)
 
 
 def find_attempts(connection: Connection, calls: Iterable[int]) -> dict[tuple[int, int], AnyRow]:
     """Locks and returns the attempts of some calls, by (call, number)."""
-    columns = llm_usage.c
-    query = (
-        select(
-            columns.prompt_execution_id,
-            columns.number,
-            columns.status,
-            columns.token,
-            columns.reserved_nusd,
-            columns.budget_ids,
-            columns.cost_nusd,
-            columns.error_code,
-            columns.worker_id,
-        )
-        .where(columns.prompt_execution_id.in_(list(calls)))
-        .with_for_update()
-    )
-    return {(row.prompt_execution_id, row.number): row for row in connection.execute(query)}
+    found = connection.execute(_FIND, {"calls": list(calls)})
+    return {(row.prompt_execution_id, row.number): row for row in found}
 
 
 def settle(connection: Connection, settled: Sequence[tuple[AnyRow, Usage]]) -> None:
@@ -170,7 +153,7 @@ def settle(connection: Connection, settled: Sequence[tuple[AnyRow, Usage]]) -> N
             deltas[budget] = (reserved - released, spent + inside - booked, excess + usage.cost_nusd - inside)
     _apply(connection, deltas)
     if settled:
-        connection.execute(_SETTLE.values(settled_at=now(connection)), [_settle_values(r, u) for r, u in settled])
+        connection.execute(_SETTLE, [_settle_values(r, u) for r, u in settled])
 
 
 def book_unknown(connection: Connection, rows: Sequence[AnyRow]) -> int:
@@ -192,24 +175,44 @@ def split_ids(text: str) -> tuple[int, ...]:
 
 
 def _apply(connection: Connection, deltas: Mapping[int, tuple[int, int, int]]) -> None:
-    statement = (
-        update(budgets)
-        .where(budgets.c.id == bindparam("budget"))
-        .values(
-            reserved_nusd=budgets.c.reserved_nusd + bindparam("reserved"),
-            spent_nusd=budgets.c.spent_nusd + bindparam("spent"),
-            excess_nusd=budgets.c.excess_nusd + bindparam("excess"),
-        )
-    )
     for budget in sorted(deltas):
         reserved, spent, excess = deltas[budget]
-        connection.execute(statement, {"budget": budget, "reserved": reserved, "spent": spent, "excess": excess})
+        connection.execute(_APPLY, {"budget": budget, "reserved": reserved, "spent": spent, "excess": excess})
 
 
 def _budget(row: AnyRow) -> Budget:
     return Budget(row.id, row.scope, row.limit_nusd, row.spent_nusd, row.reserved_nusd, row.excess_nusd)
 
 
+# Built once: making a statement and its key in SQLAlchemy's cache costs more than running it for a few rows.
+_LOCK = (
+    select(budgets).where(budgets.c.id.in_(bindparam("ids", expanding=True))).order_by(budgets.c.id).with_for_update()
+)
+_APPLY = (
+    update(budgets)
+    .where(budgets.c.id == bindparam("budget"))
+    .values(
+        reserved_nusd=budgets.c.reserved_nusd + bindparam("reserved"),
+        spent_nusd=budgets.c.spent_nusd + bindparam("spent"),
+        excess_nusd=budgets.c.excess_nusd + bindparam("excess"),
+    )
+)
+_ADD = insert(llm_usage).values(status="sent", reserved_at=NOW, sent_at=NOW)
+_FIND = (
+    select(
+        llm_usage.c.prompt_execution_id,
+        llm_usage.c.number,
+        llm_usage.c.status,
+        llm_usage.c.token,
+        llm_usage.c.reserved_nusd,
+        llm_usage.c.budget_ids,
+        llm_usage.c.cost_nusd,
+        llm_usage.c.error_code,
+        llm_usage.c.worker_id,
+    )
+    .where(llm_usage.c.prompt_execution_id.in_(bindparam("calls", expanding=True)))
+    .with_for_update()
+)
 _SETTLE = (
     update(llm_usage)
     .where(llm_usage.c.prompt_execution_id == bindparam("call"), llm_usage.c.number == bindparam("attempt"))
@@ -228,6 +231,7 @@ _SETTLE = (
         error_code=bindparam("to_code"),
         error_message=bindparam("to_message"),
         response=bindparam("to_response"),
+        settled_at=NOW,
     )
 )
 

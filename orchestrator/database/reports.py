@@ -13,7 +13,7 @@ from typing import Any
 from sqlalchemy import Connection, Row, func, literal, or_, select
 
 from orchestrator.database import ledger
-from orchestrator.database.engine import now
+from orchestrator.database.engine import NOW
 from orchestrator.database.runs import OPEN_RUN, RunStatus
 from orchestrator.database.tables import (
     ATTEMPT_STATES,
@@ -189,12 +189,12 @@ def list_runs(connection: Connection, limit: int = 20, status_is: RunStatus | No
 
 def clock(connection: Connection) -> float:
     """The database's clock: seconds since the epoch."""
-    return connection.execute(select(now(connection))).scalar_one()
+    return connection.execute(select(NOW)).scalar_one()
 
 
 def live_workers(connection: Connection) -> list[dict[str, Any]]:
     """Workers whose lease has not run out: `id`, `queues`, `version`, `in_flight`, `bound_by`, oldest first."""
-    alive = workers.c.heartbeat_at >= now(connection) - workers.c.lease_seconds
+    alive = workers.c.heartbeat_at >= NOW - workers.c.lease_seconds
     query = select(workers).where(alive).order_by(workers.c.started_at, workers.c.id)
     return [
         {

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from sqlalchemy import Connection, bindparam, case, func, null, or_, select, update
 
-from orchestrator.database.engine import AnyRow, now
+from orchestrator.database.engine import NOW, AnyRow
 from orchestrator.database.tables import prompt_executions, windows, workflow_executions
 
 CallStatus = Literal["pending", "running", "completed", "failed", "skipped", "cancelled"]
@@ -101,25 +101,7 @@ def set_stage(connection: Connection, run: int, *, segment: int, phase: str, red
 
 def lock_calls(connection: Connection, ids: Iterable[int]) -> dict[int, AnyRow]:
     """Locks calls in the order of their ids and returns what a claim or a settlement decides on."""
-    query = (
-        select(
-            _calls.id,
-            _calls.status,
-            _calls.fence,
-            _calls.worker_id,
-            _calls.attempts,
-            _calls.window_id,
-            _calls.claimed_at,
-            _calls.llm_provider,
-            or_(_calls.next_at.is_(None), _calls.next_at <= now(connection)).label("is_due"),
-            workflow_executions.c.status.label("run_status"),
-        )
-        .join(workflow_executions, workflow_executions.c.id == _calls.workflow_execution_id)
-        .where(_calls.id.in_(sorted(set(ids))))
-        .order_by(_calls.id)
-        .with_for_update(of=prompt_executions)
-    )
-    return {row.id: row for row in connection.execute(query)}
+    return {row.id: row for row in connection.execute(_LOCK, {"ids": sorted(set(ids))})}
 
 
 def claim_calls(connection: Connection, claims: Sequence[tuple[int, int, str]]) -> None:
@@ -130,8 +112,7 @@ def claim_calls(connection: Connection, claims: Sequence[tuple[int, int, str]]) 
         claims: (call, new fence, worker); the fence stays as it is when the call is already held.
     """
     if claims:
-        statement = _CLAIM.values(claimed_at=func.coalesce(_calls.claimed_at, now(connection)))
-        connection.execute(statement, [{"call": c, "to_fence": f, "to_worker": w} for c, f, w in claims])
+        connection.execute(_CLAIM, [{"call": c, "to_fence": f, "to_worker": w} for c, f, w in claims])
 
 
 def end_calls(connection: Connection, ends: Sequence[tuple[int, CallEnd, CallText | None, int, int, int]]) -> None:
@@ -142,14 +123,7 @@ def end_calls(connection: Connection, ends: Sequence[tuple[int, CallEnd, CallTex
         ends: (call, outcome, text, input tokens, output tokens, cost in nano-USD) of the attempt just settled.
     """
     if ends:
-        clock = now(connection)
-        over = bindparam("over", type_=prompt_executions.c.cached.type)
-        statement = _END.values(
-            completed_at=case((over, clock), else_=null()),
-            execution_time_ms=case((over, (clock - func.coalesce(_calls.claimed_at, clock)) * 1000), else_=null()),
-            next_at=clock + bindparam("wait"),
-        )
-        connection.execute(statement, [_end_values(*end) for end in ends])
+        connection.execute(_END, [_end_values(*end) for end in ends])
 
 
 def add_costs(connection: Connection, costs: Sequence[tuple[int, int, int, int]]) -> None:
@@ -186,6 +160,25 @@ def _end_values(
     }
 
 
+# Built once: making a statement and its key in SQLAlchemy's cache costs more than running it for a few rows.
+_LOCK = (
+    select(
+        _calls.id,
+        _calls.status,
+        _calls.fence,
+        _calls.worker_id,
+        _calls.attempts,
+        _calls.window_id,
+        _calls.claimed_at,
+        _calls.llm_provider,
+        or_(_calls.next_at.is_(None), _calls.next_at <= NOW).label("is_due"),
+        workflow_executions.c.status.label("run_status"),
+    )
+    .join(workflow_executions, workflow_executions.c.id == _calls.workflow_execution_id)
+    .where(_calls.id.in_(bindparam("ids", expanding=True)))
+    .order_by(_calls.id)
+    .with_for_update(of=prompt_executions)
+)
 _CLAIM = (
     update(prompt_executions)
     .where(_calls.id == bindparam("call"))
@@ -196,8 +189,10 @@ _CLAIM = (
         attempts=_calls.attempts + 1,
         route_attempts=_calls.route_attempts + 1,
         next_at=None,
+        claimed_at=func.coalesce(_calls.claimed_at, NOW),
     )
 )
+_over = bindparam("over", type_=_calls.cached.type)
 _new_route = bindparam("to_route", type_=_calls.route_index.type)
 _END = (
     update(prompt_executions)
@@ -223,6 +218,9 @@ _END = (
         cost_nusd=_calls.cost_nusd + bindparam("cost"),
         cost_usd=(_calls.cost_nusd + bindparam("cost")) / 1e9,
         worker_id=case((bindparam("held", type_=_calls.cached.type), _calls.worker_id), else_=null()),
+        completed_at=case((_over, NOW), else_=null()),
+        execution_time_ms=case((_over, (NOW - func.coalesce(_calls.claimed_at, NOW)) * 1000), else_=null()),
+        next_at=NOW + bindparam("wait"),
     )
 )
 
@@ -272,7 +270,7 @@ def free_calls(connection: Connection, ids: Sequence[int], *, lost: bool) -> Non
             status=case((poison, "failed"), (cancelled, "cancelled"), else_="pending"),
             error_code=case((poison, "poison"), else_=null()),
             error_message=case((poison, f"{POISON_AFTER} workers died while they held this call"), else_=null()),
-            completed_at=case((or_(poison, cancelled), now(connection)), else_=null()),
+            completed_at=case((or_(poison, cancelled), NOW), else_=null()),
             worker_id=None,
             lost_workers=died,
         )
@@ -286,7 +284,7 @@ def cancel_calls(connection: Connection, run: int) -> int:
     pending = select(_calls.id).where(_calls.workflow_execution_id == run, _calls.status == "pending")
     ids = pending.order_by(_calls.id).with_for_update()
     statement = update(prompt_executions).where(_calls.id.in_(ids), _calls.status == "pending")
-    return connection.execute(statement.values(status="cancelled", completed_at=now(connection))).rowcount
+    return connection.execute(statement.values(status="cancelled", completed_at=NOW)).rowcount
 
 
 def open_calls(connection: Connection, window: int) -> list[AnyRow]:
@@ -302,7 +300,7 @@ def open_calls(connection: Connection, window: int) -> list[AnyRow]:
             _calls.item_ordinal,
             _calls.llm_provider,
             _calls.status,
-            (_calls.next_at - now(connection)).label("waits_s"),
+            (_calls.next_at - NOW).label("waits_s"),
         )
         .where(_calls.window_id == window, _calls.status.in_(OPEN_CALL))
         .order_by(_calls.prompt_name, _calls.item_ordinal, _calls.judge, _calls.repeat)

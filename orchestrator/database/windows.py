@@ -9,13 +9,14 @@ All functions work inside the caller's transaction.
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from sqlalchemy import Connection, and_, exists, func, insert, or_, select, update
+from sqlalchemy import Connection, and_, bindparam, exists, func, insert, or_, select, update
 
-from orchestrator.database.engine import AnyRow, now
+from orchestrator.database.engine import NOW, AnyRow
 from orchestrator.database.tables import prompt_executions, windows, workflow_executions
 
 _calls = prompt_executions.c
 _windows = windows.c
+_NOTE_PROGRESS = update(windows).where(_windows.id.in_(bindparam("ids", expanding=True))).values(progress_at=NOW)
 _runs = workflow_executions.c
 
 
@@ -83,7 +84,7 @@ def note_published(connection: Connection, window: int) -> int:
     statement = (
         update(windows)
         .where(_windows.id == window)
-        .values(round=_windows.round + 1, published_at=now(connection), wake_at=None)
+        .values(round=_windows.round + 1, published_at=NOW, wake_at=None)
         .returning(_windows.round)
     )
     return connection.execute(statement).scalar_one()
@@ -92,7 +93,7 @@ def note_published(connection: Connection, window: int) -> int:
 def wake_in(connection: Connection, window: int, seconds: float) -> None:
     """Asks for another round of an open window after some seconds."""
     statement = update(windows).where(_windows.id == window, _windows.status == "open")
-    connection.execute(statement.values(wake_at=now(connection) + seconds))
+    connection.execute(statement.values(wake_at=NOW + seconds))
 
 
 def close_done(connection: Connection, window: int) -> bool:
@@ -137,7 +138,7 @@ def note_progress(connection: Connection, window_ids: Iterable[int]) -> None:
     """Notes that calls of these windows were settled just now."""
     ids = sorted(set(window_ids))
     if ids:
-        connection.execute(update(windows).where(_windows.id.in_(ids)).values(progress_at=now(connection)))
+        connection.execute(_NOTE_PROGRESS, {"ids": ids})
 
 
 def due_or_silent(connection: Connection, silent_s: float) -> list[AnyRow]:
@@ -145,17 +146,16 @@ def due_or_silent(connection: Connection, silent_s: float) -> list[AnyRow]:
 
     A window is silent when nothing of it was published or settled for `silent_s` seconds and none of its calls is held.
     """
-    clock = now(connection)
     quiet = and_(
         _windows.wake_at.is_(None),
-        func.coalesce(_windows.progress_at, 0) < clock - silent_s,
-        func.coalesce(_windows.published_at, 0) < clock - silent_s,
+        func.coalesce(_windows.progress_at, 0) < NOW - silent_s,
+        func.coalesce(_windows.published_at, 0) < NOW - silent_s,
         ~exists().where(_calls.window_id == _windows.id, _calls.status == "running"),
     )
     query = (
         select(_windows.id, _windows.workflow_execution_id.label("run"))
         .join(workflow_executions, _runs.id == _windows.workflow_execution_id)
-        .where(_runs.status == "running", _windows.status == "open", or_(_windows.wake_at <= clock, quiet))
+        .where(_runs.status == "running", _windows.status == "open", or_(_windows.wake_at <= NOW, quiet))
         .order_by(_windows.id)
     )
     return list(connection.execute(query))

@@ -10,12 +10,39 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
-from sqlalchemy import Connection, func, insert, or_, select
+from sqlalchemy import Connection, bindparam, func, insert, or_, select
 
-from orchestrator.database.engine import AnyRow, now
+from orchestrator.database.engine import NOW, AnyRow
 from orchestrator.database.tables import items, prompt_executions, verdicts, windows, workflow_executions
 
 _calls = prompt_executions.c
+# Built once: every shard asks these two.
+_PENDING = (
+    select(
+        _calls.id,
+        _calls.item_ordinal,
+        _calls.repeat,
+        _calls.route_index,
+        _calls.route_attempts,
+        _calls.attempts,
+        _calls.reasks,
+        _calls.window_id,
+        _calls.error_message,
+    )
+    .where(
+        _calls.window_id == bindparam("window"),
+        _calls.status == "pending",
+        _calls.prompt_name == bindparam("step"),
+        _calls.llm_provider == bindparam("provider"),
+        _calls.item_ordinal.between(bindparam("first"), bindparam("last")),
+        or_(_calls.next_at.is_(None), _calls.next_at <= NOW),
+    )
+    .order_by(_calls.item_ordinal, _calls.judge, _calls.repeat)
+)
+"""Columns in the order of `PendingCall`."""
+_ITEMS = select(items.c.ordinal, items.c.item_key, items.c.content).where(
+    items.c.workflow_execution_id == bindparam("run"), items.c.ordinal.between(bindparam("first"), bindparam("last"))
+)
 ENDED = ("completed", "failed", "skipped", "cancelled")
 
 
@@ -61,37 +88,14 @@ def pending_calls(
     connection: Connection, window: int, step: str, provider: str, first: int, last: int
 ) -> list[PendingCall]:
     """The claimable calls of a shard: pending, due, and on this provider's route, in the order of their items."""
-    query = (
-        select(
-            _calls.id,
-            _calls.item_ordinal.label("ordinal"),
-            _calls.repeat,
-            _calls.route_index,
-            _calls.route_attempts,
-            _calls.attempts,
-            _calls.reasks,
-            _calls.window_id,
-            _calls.error_message,
-        )
-        .where(
-            _calls.window_id == window,
-            _calls.status == "pending",
-            _calls.prompt_name == step,
-            _calls.llm_provider == provider,
-            _calls.item_ordinal.between(first, last),
-            or_(_calls.next_at.is_(None), _calls.next_at <= now(connection)),
-        )
-        .order_by(_calls.item_ordinal, _calls.judge, _calls.repeat)
-    )
-    return [PendingCall(**row) for row in connection.execute(query).mappings()]
+    chosen = {"window": window, "step": step, "provider": provider, "first": first, "last": last}
+    return [PendingCall(*row) for row in connection.execute(_PENDING, chosen)]
 
 
 def load_items(connection: Connection, run: int, first: int, last: int) -> dict[int, Item]:
     """The items of a range, by ordinal."""
-    query = select(items.c.ordinal, items.c.item_key, items.c.content).where(
-        items.c.workflow_execution_id == run, items.c.ordinal.between(first, last)
-    )
-    return {row.ordinal: Item(row.item_key, json.loads(row.content)) for row in connection.execute(query)}
+    found = connection.execute(_ITEMS, {"run": run, "first": first, "last": last})
+    return {row.ordinal: Item(row.item_key, json.loads(row.content)) for row in found}
 
 
 def load_answers(
