@@ -31,6 +31,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.pool import ConnectionPoolEntry
 from sqlalchemy.sql.compiler import SQLCompiler
+from sqlalchemy.sql.functions import FunctionElement
 from sqlalchemy.types import TypeEngine
 
 AnyRow = Row[*tuple[Any, ...]]
@@ -142,7 +143,7 @@ def _use_wal(cursor: DBAPICursor) -> None:
             return
 
 
-class _Clock(ColumnElement[float]):
+class _Clock(FunctionElement[float]):
     """One element for both databases, so that statements with it can be built once, when a module is loaded."""
 
     inherit_cache = True
