@@ -253,7 +253,7 @@ def inspect_workflow(source: str, place: str) -> Inspected:
     try:
         workflow = _validated(document.data)
     except ValidationError as error:
-        details = error.errors()
+        details = _innermost(error.errors())
         problems.extend(_as_problem(detail, document) for detail in details)
         workflow = _repaired(document.data, details)
     if workflow is None:
@@ -273,6 +273,16 @@ def json_schema() -> dict[str, Any]:
 def _validated(data: Mapping[str, Any]) -> Workflow:
     # Through JSON, because strict validation takes an array for a tuple only there.
     return Workflow.model_validate_json(json.dumps(data, default=str))
+
+
+def _innermost(details: Sequence[ErrorDetails]) -> list[ErrorDetails]:
+    """Without complaints about a whole that only repeat what is wrong inside: no valid step makes "no steps"."""
+    places = [one["loc"] for one in details]
+    return [
+        one
+        for one in details
+        if not any(len(place) > len(one["loc"]) and place[: len(one["loc"])] == one["loc"] for place in places)
+    ]
 
 
 def _repaired(data: Mapping[str, Any], details: Sequence[ErrorDetails]) -> Workflow | None:
@@ -367,8 +377,11 @@ def _order_problems(workflow: Workflow, document: TomlDocument) -> Iterator[Prob
                 place = document.locate(("steps", index, "needs", position))
                 message = f"step {step.name!r} needs {need!r}, which is not a step"
                 yield Problem("workflow.unknown-step", message, place, did_you_mean(need, known - {step.name}))
+    sorter = TopologicalSorter[str]()
+    for step in workflow.steps:
+        sorter.add(step.name, *known & {*step.needs})
     try:
-        TopologicalSorter({step.name: known & {*step.needs} for step in workflow.steps}).prepare()
+        sorter.prepare()
     except CycleError as error:
         # The sorter follows the arrows backwards: each one it names is needed by the one before.
         circle = [str(name) for name in reversed(error.args[1])]
