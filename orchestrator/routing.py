@@ -8,11 +8,11 @@ workflow's, then the installation's `fallback_provider`. Prices are looked up he
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
-from orchestrator.errors import Problem, did_you_mean
+from orchestrator.errors import Problem, did_you_mean, suggest
 from orchestrator.runspec import Route
 from orchestrator.settings import LLMProviderConfig
 from orchestrator.workflow import Routing, Step, Workflow
-from providers.catalog import find_model, resolve_model
+from providers.catalog import find_model, load_catalog, resolve_model
 from providers.pricing import Price
 
 PriceLookup = Callable[[str, str, Price | None], Price | None]
@@ -90,12 +90,11 @@ def _wanted(workflow: Workflow, step: Step, wishes: Preferences) -> Iterator[tup
         (workflow.routing.provider, workflow.routing.model, "[routing] of the workflow"),
         (wishes.workflow_provider, wishes.workflow_model, "configured for this workflow"),
     )
-    provider, model, reason = next(
-        (one for one in candidates if one[0] is not None), (wishes.default_provider, None, "default provider")
-    )
-    if model is None:
-        model = wishes.model or step.route.model or workflow.routing.model or wishes.workflow_model
-    yield provider or wishes.default_provider, model, reason
+    chosen = next((one for one in candidates if one[0] is not None), None)
+    provider, reason = (wishes.default_provider, "default provider") if chosen is None else (chosen[0], chosen[2])
+    # A model that was named together with another provider means nothing at this one.
+    models = (model for name, model, _ in candidates if name in (None, provider))
+    yield provider or wishes.default_provider, next((model for model in models if model is not None), None), reason
     yield from ((name, None, "fallback of the workflow") for name in _fallback(workflow, step))
     if wishes.fallback_provider is not None:
         yield wishes.fallback_provider, None, "fallback of the installation"
@@ -127,7 +126,9 @@ def _route(
     if price is None and not (config.allow_unpriced or allow_unpriced):
         message = f"nobody knows the price of model {resolved!r} at provider {config.name!r}"
         hint = f"set cost_per_1k_input_tokens and cost_per_1k_output_tokens in [llm_providers.{config.name}]"
-        return Problem("route.unknown-price", message, place, f"{hint}, or use --allow-unpriced")
+        meant = suggest(resolved, (row.name for row in load_catalog().models if row.provider == catalog_name))
+        first = "" if meant is None else f"did you mean {meant!r}? Otherwise "
+        return Problem("route.unknown-price", message, place, f"{first}{hint}, or use --allow-unpriced")
     known = find_model(catalog_name, resolved)
     cap = _first(step.route.max_output_tokens, workflow.routing.max_output_tokens) or config.max_tokens
     return Route(
