@@ -8,9 +8,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 
-from sqlalchemy import Connection, Table, bindparam, delete, func, select
+from sqlalchemy import Connection, String, Table, bindparam, delete, func, select, true
 from sqlalchemy.dialects import postgresql, sqlite
 
+from orchestrator.database.given import Given
 from orchestrator.database.tables import result_cache
 
 
@@ -52,11 +53,20 @@ def store(connection: Connection, entries: Sequence[CacheEntry]) -> None:
         for entry in entries
     }
     # Sorted, so that two workers that store the same keys wait for each other instead of deadlocking.
-    connection.execute(_STORE[connection.dialect.name], [rows[key] for key in sorted(rows)])
+    _kept.execute(connection, _STORE[connection.dialect.name], [rows[key] for key in sorted(rows)])
+
+
+_kept = Given(
+    cache_key=String(),
+    prompt_hash=String(),
+    result=result_cache.c.result.type,
+    expires_at=result_cache.c.expires_at.type,
+)
 
 
 def _store(make: Callable[[Table], sqlite.Insert | postgresql.Insert]) -> sqlite.Insert | postgresql.Insert:
-    statement = make(result_cache)
+    # SQLite takes an ON CONFLICT behind a SELECT for a join unless there is a condition in between.
+    statement = make(result_cache).from_select(_kept.c.keys(), select(*_kept.c).where(true()))
     return statement.on_conflict_do_update(
         index_elements=["cache_key"],
         set_={"result": statement.excluded.result, "expires_at": statement.excluded.expires_at},

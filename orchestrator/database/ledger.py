@@ -17,10 +17,24 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from sqlalchemy import Connection, bindparam, func, insert, select, update
+from sqlalchemy import (
+    BigInteger,
+    Boolean,
+    Connection,
+    Double,
+    Integer,
+    String,
+    bindparam,
+    func,
+    insert,
+    literal,
+    select,
+    update,
+)
 from sqlalchemy.dialects import postgresql, sqlite
 
 from orchestrator.database.engine import NOW, AnyRow
+from orchestrator.database.given import Given
 from orchestrator.database.tables import budgets, llm_usage
 
 GLOBAL_SCOPE = "global"
@@ -109,7 +123,7 @@ def find_budget(connection: Connection, scope: str) -> Budget:
 
 def lock_budgets(connection: Connection, ids: Iterable[int]) -> dict[int, Budget]:
     """Locks budgets until the end of the transaction and returns them by id."""
-    return {row.id: _budget(row) for row in connection.execute(_LOCK, {"ids": sorted(set(ids))})}
+    return {row.id: _budget(row) for row in connection.execute(_LOCK, {"ids": sorted(set(ids))}).all()}
 
 
 def reserve(connection: Connection, taken_nusd: Mapping[int, int]) -> None:
@@ -124,12 +138,12 @@ def add_attempts(connection: Connection, rows: Sequence[Mapping[str, Any]]) -> N
     what is reserved and not yet on its way lives for a few milliseconds inside this transaction only.
     """
     if rows:
-        connection.execute(_ADD, rows)
+        _added.execute(connection, _ADD, rows)
 
 
 def find_attempts(connection: Connection, calls: Iterable[int]) -> dict[tuple[int, int], AnyRow]:
     """Locks and returns the attempts of some calls, by (call, number)."""
-    found = connection.execute(_FIND, {"calls": list(calls)})
+    found = connection.execute(_FIND, {"calls": list(calls)}).all()
     return {(row.prompt_execution_id, row.number): row for row in found}
 
 
@@ -153,7 +167,7 @@ def settle(connection: Connection, settled: Sequence[tuple[AnyRow, Usage]]) -> N
             deltas[budget] = (reserved - released, spent + inside - booked, excess + usage.cost_nusd - inside)
     _apply(connection, deltas)
     if settled:
-        connection.execute(_SETTLE, [_settle_values(r, u) for r, u in settled])
+        _settled.execute(connection, _SETTLE, [_settle_values(r, u) for r, u in settled])
 
 
 def book_unknown(connection: Connection, rows: Sequence[AnyRow]) -> int:
@@ -197,7 +211,23 @@ _APPLY = (
         excess_nusd=budgets.c.excess_nusd + bindparam("excess"),
     )
 )
-_ADD = insert(llm_usage).values(status="sent", reserved_at=NOW, sent_at=NOW)
+_added = Given(
+    provider=String(),
+    model=String(),
+    workflow_execution_id=BigInteger(),
+    prompt_execution_id=BigInteger(),
+    step=String(),
+    number=Integer(),
+    token=BigInteger(),
+    fence=Integer(),
+    worker_id=String(),
+    reserved_nusd=BigInteger(),
+    budget_ids=llm_usage.c.budget_ids.type,
+    price_source=String(),
+)
+_ADD = insert(llm_usage).from_select(
+    [*_added.c.keys(), "status", "reserved_at", "sent_at"], select(*_added.c, literal("sent"), NOW, NOW)
+)
 _FIND = (
     select(
         llm_usage.c.prompt_execution_id,
@@ -213,24 +243,42 @@ _FIND = (
     .where(llm_usage.c.prompt_execution_id.in_(bindparam("calls", expanding=True)))
     .with_for_update()
 )
+_settled = Given(
+    call=BigInteger(),
+    attempt=Integer(),
+    to_status=String(),
+    to_input=Integer(),
+    to_output=Integer(),
+    to_cached=Integer(),
+    to_estimated=Boolean(),
+    to_cost=BigInteger(),
+    to_cost_usd=Double(),
+    to_latency=Integer(),
+    to_http=Integer(),
+    to_request=llm_usage.c.request_id.type,
+    to_model=llm_usage.c.model_answered.type,
+    to_code=String(),
+    to_message=llm_usage.c.error_message.type,
+    to_response=llm_usage.c.response.type,
+)
 _SETTLE = (
     update(llm_usage)
-    .where(llm_usage.c.prompt_execution_id == bindparam("call"), llm_usage.c.number == bindparam("attempt"))
+    .where(llm_usage.c.prompt_execution_id == _settled.c.call, llm_usage.c.number == _settled.c.attempt)
     .values(
-        status=bindparam("to_status"),
-        input_tokens=bindparam("to_input"),
-        output_tokens=bindparam("to_output"),
-        cached_tokens=bindparam("to_cached"),
-        estimated=bindparam("to_estimated"),
-        cost_nusd=bindparam("to_cost"),
-        cost_usd=bindparam("to_cost_usd"),
-        latency_ms=bindparam("to_latency"),
-        http_status=bindparam("to_http"),
-        request_id=bindparam("to_request"),
-        model_answered=bindparam("to_model"),
-        error_code=bindparam("to_code"),
-        error_message=bindparam("to_message"),
-        response=bindparam("to_response"),
+        status=_settled.c.to_status,
+        input_tokens=_settled.c.to_input,
+        output_tokens=_settled.c.to_output,
+        cached_tokens=_settled.c.to_cached,
+        estimated=_settled.c.to_estimated,
+        cost_nusd=_settled.c.to_cost,
+        cost_usd=_settled.c.to_cost_usd,
+        latency_ms=_settled.c.to_latency,
+        http_status=_settled.c.to_http,
+        request_id=_settled.c.to_request,
+        model_answered=_settled.c.to_model,
+        error_code=_settled.c.to_code,
+        error_message=_settled.c.to_message,
+        response=_settled.c.to_response,
         settled_at=NOW,
     )
 )

@@ -11,9 +11,24 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from sqlalchemy import Connection, bindparam, case, func, null, or_, select, update
+from sqlalchemy import (
+    BigInteger,
+    Boolean,
+    Connection,
+    Double,
+    Integer,
+    String,
+    bindparam,
+    case,
+    func,
+    null,
+    or_,
+    select,
+    update,
+)
 
 from orchestrator.database.engine import NOW, AnyRow
+from orchestrator.database.given import Given
 from orchestrator.database.tables import prompt_executions, windows, workflow_executions
 
 CallStatus = Literal["pending", "running", "completed", "failed", "skipped", "cancelled"]
@@ -101,7 +116,7 @@ def set_stage(connection: Connection, run: int, *, segment: int, phase: str, red
 
 def lock_calls(connection: Connection, ids: Iterable[int]) -> dict[int, AnyRow]:
     """Locks calls in the order of their ids and returns what a claim or a settlement decides on."""
-    return {row.id: row for row in connection.execute(_LOCK, {"ids": sorted(set(ids))})}
+    return {row.id: row for row in connection.execute(_LOCK, {"ids": sorted(set(ids))}).all()}
 
 
 def claim_calls(connection: Connection, claims: Sequence[tuple[int, int, str]]) -> None:
@@ -112,7 +127,7 @@ def claim_calls(connection: Connection, claims: Sequence[tuple[int, int, str]]) 
         claims: (call, new fence, worker); the fence stays as it is when the call is already held.
     """
     if claims:
-        connection.execute(_CLAIM, [{"call": c, "to_fence": f, "to_worker": w} for c, f, w in claims])
+        _claim.execute(connection, _CLAIM, [{"call": c, "to_fence": f, "to_worker": w} for c, f, w in claims])
 
 
 def end_calls(connection: Connection, ends: Sequence[tuple[int, CallEnd, CallText | None, int, int, int]]) -> None:
@@ -123,7 +138,7 @@ def end_calls(connection: Connection, ends: Sequence[tuple[int, CallEnd, CallTex
         ends: (call, outcome, text, input tokens, output tokens, cost in nano-USD) of the attempt just settled.
     """
     if ends:
-        connection.execute(_END, [_end_values(*end) for end in ends])
+        _outcome.execute(connection, _END, [_end_values(*end) for end in ends])
 
 
 def add_costs(connection: Connection, costs: Sequence[tuple[int, int, int, int]]) -> None:
@@ -179,48 +194,66 @@ _LOCK = (
     .order_by(_calls.id)
     .with_for_update(of=prompt_executions)
 )
+_claim = Given(call=_calls.id.type, to_fence=Integer(), to_worker=String())
 _CLAIM = (
     update(prompt_executions)
-    .where(_calls.id == bindparam("call"))
+    .where(_calls.id == _claim.c.call)
     .values(
         status="running",
-        fence=bindparam("to_fence"),
-        worker_id=bindparam("to_worker"),
+        fence=_claim.c.to_fence,
+        worker_id=_claim.c.to_worker,
         attempts=_calls.attempts + 1,
         route_attempts=_calls.route_attempts + 1,
         next_at=None,
         claimed_at=func.coalesce(_calls.claimed_at, NOW),
     )
 )
-_over = bindparam("over", type_=_calls.cached.type)
-_new_route = bindparam("to_route", type_=_calls.route_index.type)
+_outcome = Given(
+    call=_calls.id.type,
+    to_status=String(),
+    to_result=_calls.result.type,
+    to_code=String(),
+    to_message=_calls.error_message.type,
+    to_quality=Double(),
+    to_cached=Boolean(),
+    to_prompt=_calls.rendered_prompt.type,
+    to_hash=String(),
+    to_route=Integer(),
+    to_provider=String(),
+    to_model=String(),
+    new_reasks=Integer(),
+    tokens_in=Integer(),
+    tokens_out=Integer(),
+    cost=BigInteger(),
+    over=Boolean(),
+    held=Boolean(),
+    wait=Double(),
+)
 _END = (
     update(prompt_executions)
-    .where(_calls.id == bindparam("call"))
+    .where(_calls.id == _outcome.c.call)
     .values(
-        status=bindparam("to_status"),
-        result=bindparam("to_result"),
-        error_code=bindparam("to_code"),
-        error_message=bindparam("to_message"),
-        quality_score=bindparam("to_quality"),
-        cached=bindparam("to_cached"),
-        rendered_prompt=func.coalesce(
-            bindparam("to_prompt", type_=_calls.rendered_prompt.type), _calls.rendered_prompt
-        ),
-        prompt_hash=func.coalesce(bindparam("to_hash", type_=_calls.prompt_hash.type), _calls.prompt_hash),
-        route_index=func.coalesce(_new_route, _calls.route_index),
-        route_attempts=case((_new_route.is_(None), _calls.route_attempts), else_=0),
-        llm_provider=func.coalesce(bindparam("to_provider", type_=_calls.llm_provider.type), _calls.llm_provider),
-        llm_model=func.coalesce(bindparam("to_model", type_=_calls.llm_model.type), _calls.llm_model),
-        reasks=_calls.reasks + bindparam("new_reasks"),
-        input_tokens=func.coalesce(_calls.input_tokens, 0) + bindparam("tokens_in"),
-        output_tokens=func.coalesce(_calls.output_tokens, 0) + bindparam("tokens_out"),
-        cost_nusd=_calls.cost_nusd + bindparam("cost"),
-        cost_usd=(_calls.cost_nusd + bindparam("cost")) / 1e9,
-        worker_id=case((bindparam("held", type_=_calls.cached.type), _calls.worker_id), else_=null()),
-        completed_at=case((_over, NOW), else_=null()),
-        execution_time_ms=case((_over, (NOW - func.coalesce(_calls.claimed_at, NOW)) * 1000), else_=null()),
-        next_at=NOW + bindparam("wait"),
+        status=_outcome.c.to_status,
+        result=_outcome.c.to_result,
+        error_code=_outcome.c.to_code,
+        error_message=_outcome.c.to_message,
+        quality_score=_outcome.c.to_quality,
+        cached=_outcome.c.to_cached,
+        rendered_prompt=func.coalesce(_outcome.c.to_prompt, _calls.rendered_prompt),
+        prompt_hash=func.coalesce(_outcome.c.to_hash, _calls.prompt_hash),
+        route_index=func.coalesce(_outcome.c.to_route, _calls.route_index),
+        route_attempts=case((_outcome.c.to_route.is_(None), _calls.route_attempts), else_=0),
+        llm_provider=func.coalesce(_outcome.c.to_provider, _calls.llm_provider),
+        llm_model=func.coalesce(_outcome.c.to_model, _calls.llm_model),
+        reasks=_calls.reasks + _outcome.c.new_reasks,
+        input_tokens=func.coalesce(_calls.input_tokens, 0) + _outcome.c.tokens_in,
+        output_tokens=func.coalesce(_calls.output_tokens, 0) + _outcome.c.tokens_out,
+        cost_nusd=_calls.cost_nusd + _outcome.c.cost,
+        cost_usd=(_calls.cost_nusd + _outcome.c.cost) / 1e9,
+        worker_id=case((_outcome.c.held, _calls.worker_id), else_=null()),
+        completed_at=case((_outcome.c.over, NOW), else_=null()),
+        execution_time_ms=case((_outcome.c.over, (NOW - func.coalesce(_calls.claimed_at, NOW)) * 1000), else_=null()),
+        next_at=NOW + _outcome.c.wait,
     )
 )
 
