@@ -238,6 +238,17 @@ class Bucket:
         changed = self._redis.zadd(self.keys(pool)[2], {permit_id: until_us}, xx=True, ch=True)
         return bool(await _answered(cast("Awaitable[Any]", changed)))
 
+    async def renew_all(self, pool: Pool, permit_ids: Sequence[str], until_us: int, ttl_s: float) -> None:
+        """Extend those leases that are still there.
+
+        Raises:
+            LimiterUnavailable: Redis did not answer.
+        """
+        key = self.keys(pool)[2]
+        renewed = self._redis.zadd(key, dict.fromkeys(permit_ids, until_us), xx=True)
+        await _answered(cast("Awaitable[Any]", renewed))
+        await _answered(cast("Awaitable[Any]", self._redis.pexpire(key, round(ttl_s * 1000))))
+
     async def restore(self, pool: Pool, leases: Mapping[str, int], ttl_s: float) -> None:
         """Write leases again after the server lost them, so that concurrency stays counted. Safe to repeat.
 

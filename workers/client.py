@@ -9,7 +9,8 @@ nowhere else.
 
 import asyncio
 import random
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, replace
 from time import monotonic
 
@@ -45,7 +46,6 @@ CLAIM_AHEAD_S = 0.08
 """A claim is committed this long before the send time: a commit takes about 20 ms, more when the machine is busy."""
 LIMITER_AWAY_S = 1.0
 BUDGET_WAIT_S = 0.1
-LEASE_SLACK_S = 30.0
 INPUT_MARGIN = 1.1
 MAX_KEPT_RESPONSE = 20_000
 MAX_REASK_CHARS = 4_000
@@ -118,6 +118,8 @@ class LLMClient:
         gates: by provider name.
         may_go_on: whether calls of a run may still be sent by this process.
         stop_run: pauses a run for a reason; every other call of it would end the same way.
+        has_lease: returns once this worker surely counts as alive; before that it may not claim.
+        lease_s: how long a slot at a provider stays taken after this process died.
         note_wait: told what a call is waiting for, for `bound_by`; None when it is waiting no more.
     """
 
@@ -130,6 +132,8 @@ class LLMClient:
         may_go_on: Callable[[int], bool],
         stop_run: Callable[[int, str], None],
         note_wait: Callable[[str], None],
+        has_lease: Callable[[], Awaitable[None]],
+        lease_s: float,
     ) -> None:
         self._worker = worker
         self._writer = writer
@@ -138,7 +142,10 @@ class LLMClient:
         self._may_go_on = may_go_on
         self._stop_run = stop_run
         self._note_wait = note_wait
+        self._has_lease = has_lease
+        self._lease_s = lease_s
         self._waits = Waits()
+        self.at_work: Counter[int] = Counter()
         self.in_flight = 0
         self.waiting_for_permits = 0
 
@@ -147,6 +154,16 @@ class LLMClient:
 
         Safe to run twice for the same call: the second one finds it claimed and steps aside.
         """
+        # A call may be here twice, when its message came twice.
+        self.at_work[job.call.id] += 1
+        try:
+            await self._send_until_ended(job)
+        finally:
+            self.at_work[job.call.id] -= 1
+            if not self.at_work[job.call.id]:
+                del self.at_work[job.call.id]
+
+    async def _send_until_ended(self, job: Job) -> None:
         asking: _Asking | None = _Asking(job.call.route_index, job.call.route_attempts, job.call.reasks)
         while asking is not None and self._may_go_on(job.run.number):
             asking = await self._attempt(job, asking)
@@ -170,7 +187,6 @@ class LLMClient:
         """
         costs = {"rpm": 1, "tpm": tokens}
         permit_id = f"{self._worker}:{job.call.id}:{random.getrandbits(32):x}"
-        lease_s = job.kit.step.timeout_s + LEASE_SLACK_S
         while self._may_go_on(job.run.number):
             try:
                 answer = await self._limiter.permit(
@@ -178,7 +194,7 @@ class LLMClient:
                     gate.limits,
                     costs,
                     permit_id=permit_id,
-                    lease_s=lease_s,
+                    lease_s=self._lease_s,
                     max_wait_s=PERMIT_PATIENCE_S,
                 )
             except LimiterUnavailable:
@@ -242,6 +258,7 @@ class LLMClient:
             await self._put_off(job, asking, permit)
             return None
         await self._waits.until(run, _sleep_until(permit.send_at - CLAIM_AHEAD_S))
+        await self._waits.until(run, self._has_lease())
         if not self._may_go_on(run):
             self._limiter.release_unsent(permit)
             return asking

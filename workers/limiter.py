@@ -209,6 +209,21 @@ class Limiter:
             state.leases[permit.permit_id] = until_us
         return renewed
 
+    async def renew_all(self, lease_s: float) -> None:
+        """Let every call of this process occupy its slot for `lease_s` from now, or longer if it has longer.
+
+        Raises:
+            LimiterUnavailable: Redis did not answer.
+        """
+        until_us = self._bucket.clock.remote_us(self._now() + lease_s)
+        for state in list(self._pools.values()):
+            due = [permit_id for permit_id, lease_us in state.leases.items() if lease_us < until_us]
+            for start in range(0, len(due), SETTLE_BATCH):
+                batch = [permit_id for permit_id in due[start : start + SETTLE_BATCH] if permit_id in state.leases]
+                if batch:
+                    await self._bucket.renew_all(state.pool, batch, until_us, state.ttl_s)
+                    state.leases.update((one, until_us) for one in batch if one in state.leases)
+
     async def penalise(self, pool: Pool, retry_after_s: float) -> None:
         """Let nothing of the pool leave before `retry_after_s` (plus up to a tenth) from now, in any process.
 

@@ -72,6 +72,8 @@ class Reconciler:
             freed = fleet.free_dead(connection)
         if freed.workers:
             log.warning("worker.lost", workers=freed.workers, calls_freed=freed.calls, attempts_unknown=freed.unknown)
+            # Shards that it had not begun died with it too, and nobody knows which; a second copy does no harm.
+            self._orchestrator.republish()
         silent_s = SILENT_BEHIND_QUEUE_S if queued else SILENT_S
         with self._database.snapshot() as connection:
             due = windows.due_or_silent(connection, silent_s)

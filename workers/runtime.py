@@ -36,7 +36,7 @@ from providers.base import open_provider
 from providers.http import open_client
 from workers.client import Gate, LLMClient
 from workers.limiter import Limiter
-from workers.limits import PoolLimits
+from workers.limits import LimiterUnavailable, PoolLimits
 from workers.prepared import PreparedRun, find_run
 from workers.reconciler import Reconciler
 from workers.shard import ask_shard
@@ -44,6 +44,8 @@ from workers.writer import BatchWriter
 
 log = structlog.get_logger(__name__)
 T = TypeVar("T")
+
+LEASE_CHECK_S = 0.05
 
 CONNECTIONS = 12
 """To the database: the writer's, and those of the few threads that read shards, close windows and look after others."""
@@ -71,6 +73,8 @@ class Runtime:
         self._shards: set[broker.ShardMessage] = set()
         self._waits: Counter[str] = Counter()
         self._draining = False
+        self._lease_until = 0.0
+        self._suspects: set[int] = set()
         self._loop = asyncio.new_event_loop()
         self._loop_thread = threading.Thread(target=self._loop.run_forever, name="calls", daemon=True)
         self._rounds: list[Future[None]] = []
@@ -105,8 +109,8 @@ class Runtime:
             )
         self._writer = BatchWriter(self._database, self._loop)
         self.run(self._open())
-        # Two rounds, because a repair may take longer than a lease, and a beat must never wait for it.
-        for work_to_do in (self._beat_once, self._look_once):
+        # Rounds of their own, because a repair may take longer than a lease, and a beat must never wait for it.
+        for work_to_do in (self._beat_once, self._look_once, self._renew_once):
             self._rounds.append(asyncio.run_coroutine_threadsafe(self._for_ever(work_to_do), self._loop))
         log.info("worker.started", worker=self.worker_id, queues=list(self._queues))
 
@@ -183,7 +187,15 @@ class Runtime:
         wanted = [name for name in settings.providers if broker.provider_queue(name) in self._queues]
         self._gates = {name: self._gate(self._config.get_llm_config(name)) for name in wanted}
         self._client = LLMClient(
-            self.worker_id, self._writer, self._limiter, self._gates, self.may_go_on, self._stop_run, self._note_wait
+            self.worker_id,
+            self._writer,
+            self._limiter,
+            self._gates,
+            self.may_go_on,
+            self._stop_run,
+            self._note_wait,
+            self._has_lease,
+            settings.worker.lease_s,
         )
         self._reconciler = Reconciler(self._database, self.orchestrator, self._redis, self.worker_id, settings)
 
@@ -231,20 +243,44 @@ class Runtime:
         while True:
             try:
                 await work_to_do()
-            except (DatabaseUnavailable, RedisError, OSError, LookupError, ValueError) as error:
+            except (DatabaseUnavailable, LimiterUnavailable, RedisError, OSError, LookupError, ValueError) as error:
                 log.warning("worker.round_failed", error=str(error))
             await asyncio.sleep(every * random.uniform(0.9, 1.0))
 
     async def _beat_once(self) -> None:
         waits, self._waits = self._waits, Counter()
         bound_by = self._bound_by(waits)
-        stopped = await asyncio.to_thread(self._beat_in_database, self._client.in_flight, bound_by)
+        lease_until = self._loop.time() + self._settings.worker.lease_s
+        stopped, held = await asyncio.to_thread(self._beat_in_database, self._client.in_flight, bound_by)
+        self._lease_until = lease_until
         self._halted |= stopped
         for run in stopped:
             self._client.end_waits(run)
 
+        await self._free_strays(held)
+
+    async def _free_strays(self, held: set[int]) -> None:
+        """Puts back calls that the database says we hold, while nothing here works on them, for the second beat."""
+        suspects = held - self._client.at_work.keys()
+        strays, self._suspects = suspects & self._suspects, suspects
+        if strays:
+            log.error("call.forgotten", calls=sorted(strays)[:20], count=len(strays))
+            await asyncio.to_thread(self._free_in_database, strays)
+
+    def _free_in_database(self, strays: set[int]) -> None:
+        with self._database.transaction() as connection:
+            fleet.free_strays(connection, self.worker_id, strays)
+
+    async def _has_lease(self) -> None:
+        """A process that slept or could not beat may count as dead; what it claimed then would be freed at once."""
+        while self._loop.time() > self._lease_until and not self._draining:
+            await asyncio.sleep(LEASE_CHECK_S)
+
     async def _look_once(self) -> None:
         await self._reconciler.look(set(self._at_work))
+
+    async def _renew_once(self) -> None:
+        await self._limiter.renew_all(self._settings.worker.lease_s)
 
     def _bound_by(self, waits: Counter[str]) -> str | None:
         if waits:
@@ -253,11 +289,12 @@ class Runtime:
             return "rate_limit"
         return "provider" if self._client.in_flight else None
 
-    def _beat_in_database(self, in_flight: int, bound_by: str | None) -> set[int]:
+    def _beat_in_database(self, in_flight: int, bound_by: str | None) -> tuple[set[int], set[int]]:
         with self._database.transaction() as connection:
             if not fleet.beat(connection, self.worker_id, in_flight, bound_by):
                 log.warning("worker.taken_for_dead", worker=self.worker_id)
                 fleet.register(
                     connection, self.worker_id, ",".join(self._queues), __version__, self._settings.worker.lease_s
                 )
-            return runs.runs_not_running(connection, {message.run for message in self._shards})
+            stopped = runs.runs_not_running(connection, {message.run for message in self._shards})
+            return stopped, fleet.held_calls(connection, self.worker_id)

@@ -9,7 +9,7 @@ All functions work inside the caller's transaction.
 
 from dataclasses import dataclass
 
-from sqlalchemy import Connection, delete, insert, or_, select, update
+from sqlalchemy import Connection, Select, delete, insert, or_, select, update
 from sqlalchemy.dialects import postgresql, sqlite
 
 from orchestrator.database import ledger, runs
@@ -68,20 +68,44 @@ def free_dead(connection: Connection) -> Freed:
     return _free(connection, gone, lost=True) if gone else Freed(0, 0, 0)
 
 
+def held_calls(connection: Connection, worker: str) -> set[int]:
+    """Calls that a worker holds, or of which it has an open attempt."""
+    held = select(prompt_executions.c.id).where(
+        prompt_executions.c.worker_id == worker, prompt_executions.c.status == "running"
+    )
+    return set(connection.execute(held.union(_with_open_attempts([worker]))).scalars())
+
+
+def free_strays(connection: Connection, worker: str, strays: set[int]) -> Freed:
+    """Frees calls that a live worker holds and has forgotten, because something unforeseen ended its work on them."""
+    calls = [call for call in runs.hold_calls_of(connection, [worker]) if call in strays]
+    return Freed(0, len(calls), _free_calls(connection, [worker], calls, strays, lost=True))
+
+
 def _free(connection: Connection, gone: list[str], *, lost: bool) -> Freed:
     calls = runs.hold_calls_of(connection, gone)
-    held = select(llm_usage.c.prompt_execution_id).where(
-        llm_usage.c.worker_id.in_(gone), llm_usage.c.status.in_(ledger.OPEN_ATTEMPT)
-    )
-    with_attempts = set(connection.execute(held).scalars())
-    runs.lock_calls(connection, with_attempts)
-    attempts = ledger.find_attempts(connection, with_attempts)
-    lost_attempts = [row for row in attempts.values() if row.status in ledger.OPEN_ATTEMPT and row.worker_id in gone]
-    unknown = ledger.book_unknown(connection, lost_attempts)
-    runs.add_costs(connection, [(row.prompt_execution_id, 0, 0, row.reserved_nusd) for row in lost_attempts])
-    runs.free_calls(connection, calls, lost=lost)
+    with_attempts = set(connection.execute(_with_open_attempts(gone)).scalars())
+    unknown = _free_calls(connection, gone, calls, with_attempts, lost=lost)
     connection.execute(delete(workers).where(workers.c.id.in_(gone)))
     return Freed(len(set(gone)), len(calls), unknown)
+
+
+def _with_open_attempts(holders: list[str]) -> Select[int]:
+    return select(llm_usage.c.prompt_execution_id).where(
+        llm_usage.c.worker_id.in_(holders), llm_usage.c.status.in_(ledger.OPEN_ATTEMPT)
+    )
+
+
+def _free_calls(
+    connection: Connection, holders: list[str], calls: list[int], with_attempts: set[int], *, lost: bool
+) -> int:
+    runs.lock_calls(connection, with_attempts)
+    attempts = ledger.find_attempts(connection, with_attempts).values()
+    open_ones = [row for row in attempts if row.status in ledger.OPEN_ATTEMPT and row.worker_id in holders]
+    unknown = ledger.book_unknown(connection, open_ones)
+    runs.add_costs(connection, [(row.prompt_execution_id, 0, 0, row.reserved_nusd) for row in open_ones])
+    runs.free_calls(connection, calls, lost=lost)
+    return unknown
 
 
 def take_lock(connection: Connection, name: str, owner: str, seconds: float) -> bool:
