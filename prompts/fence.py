@@ -59,10 +59,17 @@ def neutralise(text: str) -> str:
     text = _SURROGATE.sub("\ufffd", text)
     text = _PIPE_TOKEN.sub("\u2039", text)
     text = _DELIMITER.sub(lambda match: "\u2039" * len(match.group()), text)
-    text = _ANGLE_TOKEN.sub("\u2039", text)
+    text = _without_angle_tokens(text)
     text = _BRACKET_TOKEN.sub("\u27e6", text)
     text = _HEADING_LINE.sub(lambda match: match.group(1) + "\uff03" * len(match.group(2)), text)
     return _ROLE_LINE.sub(_wide_colon, text)
+
+
+def _without_angle_tokens(text: str) -> str:
+    # A token inside another one hides it until it is gone itself, so once is not always enough.
+    while (disarmed := _ANGLE_TOKEN.sub("\u2039", text)) != text:
+        text = disarmed
+    return text
 
 
 def _wide_colon(match: re.Match[str]) -> str:

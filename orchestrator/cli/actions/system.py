@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import signal
 import sys
 from collections.abc import Iterable
 from importlib.metadata import version
@@ -18,7 +19,7 @@ from orchestrator.config import ConfigManager
 from orchestrator.database import Database, cache, migrate
 from orchestrator.errors import EnvironmentNotReady, ExitCode, Problem, did_you_mean
 from orchestrator.settings import LLMProviderConfig
-from providers.catalog import load_catalog
+from providers.catalog import load_catalog, provider_names
 
 _MARKS = {"ok": "ok", "warn": "WARN", "fail": "FAIL"}
 
@@ -167,11 +168,13 @@ def become_worker(*, home: Path | None, queues: str | None, concurrency: int | N
     if settings.redis_url is None:
         hint = "set REDIS_URL; on one machine `llm-orchestrator run` starts its own worker"
         raise EnvironmentNotReady(Problem("broker.missing", "a worker needs a broker to listen to", "REDIS_URL", hint))
-    known = all_queues(settings.providers)
-    wanted = [name.strip() for name in queues.split(",") if name.strip()] if queues else list(known)
-    for name in wanted:
-        if name not in known:
-            raise Refused(f"there is no queue {name!r}; {did_you_mean(name, known)}")
+    wanted = _queues_to_serve(config, queues)
+    if not wanted:
+        say(f"nothing to serve: no provider of {queues} is configured here; waiting to be stopped")
+        stops = {signal.SIGTERM, signal.SIGINT}
+        signal.pthread_sigmask(signal.SIG_BLOCK, stops)
+        signal.sigwait(stops)
+        return
     database = Database(settings.database_url)
     try:
         prepare(database, settings)
@@ -183,6 +186,29 @@ def become_worker(*, home: Path | None, queues: str | None, concurrency: int | N
     command = [sys.executable, *worker_command(wanted, settings.worker.shards, f"worker-{os.getpid()}")]
     say(f"serving {', '.join(wanted)}")
     os.execve(sys.executable, command, config.child_environment(own))  # noqa: S606 - our own program, no shell
+
+
+def _queues_to_serve(config: ConfigManager, queues: str | None) -> list[str]:
+    """The queues asked for, less those of providers that nobody configured.
+
+    A Procfile names the queues of all providers, and a process that ended because of a missing key would take all others
+    with it.
+
+    Raises:
+        Refused: there is no such queue at all.
+    """
+    configured = all_queues(config.settings.providers)
+    if queues is None:
+        return list(configured)
+    known = {*configured, *all_queues(provider_names())}
+    wanted = [name.strip() for name in queues.split(",") if name.strip()]
+    for name in wanted:
+        if name not in known:
+            raise Refused(f"there is no queue {name!r}; {did_you_mean(name, known)}")
+    for name in wanted:
+        if name not in configured:
+            say(f"leaving out {name}: its provider is not configured here")
+    return [name for name in wanted if name in configured]
 
 
 def examine(*, home: Path | None, as_json: bool) -> int:
