@@ -15,7 +15,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -129,6 +129,13 @@ class Engine:
         folder = pack.write(self.home / "packs")
         plan = self.manager.plan(RunRequest(pack=str(folder), input=str(file), budget_usd=budget, **request))
         return self.manager.execute_workflow(plan)
+
+    @contextmanager
+    def with_flags(self, flags: Mapping[str, object]) -> Iterator["Engine"]:
+        """The same installation for a producer that was started with these flags."""
+        config = ConfigManager(flags, cwd=self.home, environ=self.environment, user_config=self.home / "none.toml")
+        with WorkflowManager(config) as manager:
+            yield replace(self, config=config, manager=manager)
 
     def status(self, run: StartedRun) -> dict[str, Any]:
         return self.manager.track_progress(run.run)

