@@ -191,8 +191,8 @@ def become_worker(*, home: Path | None, queues: str | None, concurrency: int | N
 def _queues_to_serve(config: ConfigManager, queues: str | None) -> list[str]:
     """The queues asked for, less those of providers that nobody configured.
 
-    A Procfile names the queues of all providers, and a process that ended because of a missing key would take all others
-    with it.
+    A Procfile names the queues of all providers, and a process that ended for want of a key would take all others with
+    it.
 
     Raises:
         Refused: there is no such queue at all.
