@@ -112,6 +112,10 @@ workflow_executions = Table(
     Column("items_total", Integer, nullable=False, server_default="0", comment="items stored so far"),
     Column("input_complete", Boolean, nullable=False, server_default=text("false"), comment="all items are stored"),
     Column("producer_at", Double, comment="s since epoch; last sign of life of a producer still storing items"),
+    Column(
+        "priority", Integer, nullable=False, server_default="0", comment="higher ones first; may change at any time"
+    ),
+    Column("erased_at", Double, comment="s since epoch; texts about its items are gone; NULL while they are there"),
     _one_of("status", RUN_STATES),
     Index("ix_workflow_executions_identity", "identity"),
     Index("ix_workflow_executions_status", "status"),
@@ -193,6 +197,7 @@ prompt_executions = Table(
     Column("completed_at", Double, comment="s since epoch of the end"),
     Column("prompt_hash", String(64), comment="sha256 of the request: also the key of its cached answer"),
     Column("cached", Boolean, nullable=False, server_default=text("false"), comment="answered from the cache"),
+    Column("saved_nusd", BigInteger, nullable=False, server_default="0", comment="nano-USD the cached answer had cost"),
     Column("quality_score", Double, comment="0 to 1; NULL until completed"),
     Column("cost_nusd", BigInteger, nullable=False, server_default="0", comment="nano-USD, all attempts"),
     Column("error_code", String(64)),
@@ -202,6 +207,12 @@ prompt_executions = Table(
     Index(
         "ix_prompt_executions_running",
         "worker_id",
+        postgresql_where=text("status = 'running'"),
+        sqlite_where=text("status = 'running'"),
+    ),
+    Index(
+        "ix_prompt_executions_flight",
+        "prompt_hash",
         postgresql_where=text("status = 'running'"),
         sqlite_where=text("status = 'running'"),
     ),
@@ -320,4 +331,29 @@ locks = Table(
     Column("name", String(64), primary_key=True),
     Column("owner", String(64), nullable=False),
     Column("until_at", Double, nullable=False, comment="s since epoch; free afterwards"),
+)
+
+limit_overrides = Table(
+    "limit_overrides",
+    metadata,
+    Column("provider", String(100), primary_key=True, comment="its configured name"),
+    Column("rpm", Integer, comment="requests per minute; 0 is paused; NULL leaves it to the configuration"),
+    Column("tpm", Integer, comment="tokens per minute; 0 is paused; NULL leaves it to the configuration"),
+    Column("concurrency", Integer, comment="calls in flight; 0 is paused; NULL leaves it to the configuration"),
+    CheckConstraint("rpm >= 0 AND tpm >= 0 AND concurrency >= 0", name="not_negative"),
+)
+
+audit_log = Table(
+    "audit_log",
+    metadata,
+    Column("id", BigId, primary_key=True),
+    Column("at", Double, nullable=False, comment="s since epoch"),
+    Column("actor", Text, nullable=False, comment="who: user@host, a name given by hand, or a worker"),
+    Column("action", String(64), nullable=False, comment="what: run.pause, limits.set, ..."),
+    Column("run", String(64), comment="id of the run; outlives the run; NULL if it is about no single run"),
+    Column("subject", Text, comment="what else it is about: a provider, a budget, a hashed key; NULL for nothing"),
+    Column("old", Text, comment="JSON: the state before; NULL if there was none"),
+    Column("new", Text, comment="JSON: the state after; NULL if there is none"),
+    Column("prev_hash", String(64), nullable=False, comment="hash of the row before; zeros in the first one"),
+    Column("hash", String(64), nullable=False, unique=True, comment="sha256 of the other columns as canonical JSON"),
 )

@@ -46,6 +46,65 @@ def upgrade() -> None:
         sa.UniqueConstraint("scope", name=op.f("uq_budgets_scope")),
     )
     op.create_table(
+        "audit_log",
+        sa.Column("id", sa.BigInteger().with_variant(sa.Integer(), "sqlite"), nullable=False),
+        sa.Column("at", sa.Double(), nullable=False, comment="s since epoch"),
+        sa.Column("actor", sa.Text(), nullable=False, comment="who: user@host, a name given by hand, or a worker"),
+        sa.Column("action", sa.String(length=64), nullable=False, comment="what: run.pause, limits.set, ..."),
+        sa.Column(
+            "run",
+            sa.String(length=64),
+            nullable=True,
+            comment="id of the run; outlives the run; NULL if it is about no single run",
+        ),
+        sa.Column(
+            "subject",
+            sa.Text(),
+            nullable=True,
+            comment="what else it is about: a provider, a budget, a hashed key; NULL for nothing",
+        ),
+        sa.Column("old", sa.Text(), nullable=True, comment="JSON: the state before; NULL if there was none"),
+        sa.Column("new", sa.Text(), nullable=True, comment="JSON: the state after; NULL if there is none"),
+        sa.Column(
+            "prev_hash",
+            sa.String(length=64),
+            nullable=False,
+            comment="hash of the row before; zeros in the first one",
+        ),
+        sa.Column(
+            "hash",
+            sa.String(length=64),
+            nullable=False,
+            comment="sha256 of the other columns as canonical JSON",
+        ),
+        sa.PrimaryKeyConstraint("id", name=op.f("pk_audit_log")),
+        sa.UniqueConstraint("hash", name=op.f("uq_audit_log_hash")),
+    )
+    op.create_table(
+        "limit_overrides",
+        sa.Column("provider", sa.String(length=100), nullable=False, comment="its configured name"),
+        sa.Column(
+            "rpm",
+            sa.Integer(),
+            nullable=True,
+            comment="requests per minute; 0 is paused; NULL leaves it to the configuration",
+        ),
+        sa.Column(
+            "tpm",
+            sa.Integer(),
+            nullable=True,
+            comment="tokens per minute; 0 is paused; NULL leaves it to the configuration",
+        ),
+        sa.Column(
+            "concurrency",
+            sa.Integer(),
+            nullable=True,
+            comment="calls in flight; 0 is paused; NULL leaves it to the configuration",
+        ),
+        sa.CheckConstraint("rpm >= 0 AND tpm >= 0 AND concurrency >= 0", name=op.f("ck_limit_overrides_not_negative")),
+        sa.PrimaryKeyConstraint("provider", name=op.f("pk_limit_overrides")),
+    )
+    op.create_table(
         "locks",
         sa.Column("name", sa.String(length=64), nullable=False),
         sa.Column("owner", sa.String(length=64), nullable=False),
@@ -161,6 +220,19 @@ def upgrade() -> None:
             sa.Double(),
             nullable=True,
             comment="s since epoch; last sign of life of a producer still storing items",
+        ),
+        sa.Column(
+            "priority",
+            sa.Integer(),
+            server_default="0",
+            nullable=False,
+            comment="higher ones first; may change at any time",
+        ),
+        sa.Column(
+            "erased_at",
+            sa.Double(),
+            nullable=True,
+            comment="s since epoch; texts about its items are gone; NULL while they are there",
         ),
         sa.CheckConstraint(
             "status IN ('pending', 'running', 'paused', 'completed', 'failed', 'cancelled')",
@@ -338,6 +410,13 @@ def upgrade() -> None:
         sa.Column(
             "cached", sa.Boolean(), server_default=sa.text("false"), nullable=False, comment="answered from the cache"
         ),
+        sa.Column(
+            "saved_nusd",
+            sa.BigInteger(),
+            server_default="0",
+            nullable=False,
+            comment="nano-USD the cached answer had cost",
+        ),
         sa.Column("quality_score", sa.Double(), nullable=True, comment="0 to 1; NULL until completed"),
         sa.Column("cost_nusd", sa.BigInteger(), server_default="0", nullable=False, comment="nano-USD, all attempts"),
         sa.Column("error_code", sa.String(length=64), nullable=True),
@@ -363,6 +442,14 @@ def upgrade() -> None:
             "repeat",
             name=op.f("uq_prompt_executions_workflow_execution_id_prompt_name_item_ordinal_judge_repeat"),
         ),
+    )
+    op.create_index(
+        "ix_prompt_executions_flight",
+        "prompt_executions",
+        ["prompt_hash"],
+        unique=False,
+        postgresql_where=sa.text("status = 'running'"),
+        sqlite_where=sa.text("status = 'running'"),
     )
     op.create_index(
         "ix_prompt_executions_running",
@@ -479,6 +566,12 @@ def downgrade() -> None:
     op.drop_table("llm_usage")
     op.drop_index("ix_prompt_executions_window", table_name="prompt_executions")
     op.drop_index(
+        "ix_prompt_executions_flight",
+        table_name="prompt_executions",
+        postgresql_where=sa.text("status = 'running'"),
+        sqlite_where=sa.text("status = 'running'"),
+    )
+    op.drop_index(
         "ix_prompt_executions_running",
         table_name="prompt_executions",
         postgresql_where=sa.text("status = 'running'"),
@@ -496,5 +589,7 @@ def downgrade() -> None:
     op.drop_index("ix_result_cache_expires_at", table_name="result_cache")
     op.drop_table("result_cache")
     op.drop_table("locks")
+    op.drop_table("limit_overrides")
+    op.drop_table("audit_log")
     op.drop_table("budgets")
     # ### end Alembic commands ###
