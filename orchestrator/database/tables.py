@@ -49,6 +49,11 @@ metadata = MetaData(
 _UNSTORABLE = re.compile("[\x00\ud800-\udfff]")
 
 
+def storable(text: str) -> str:
+    """Text as it is stored, the same on both databases: characters that one of them refuses become U+FFFD."""
+    return _UNSTORABLE.sub("\ufffd", text)
+
+
 class Text(TypeDecorator[str]):
     """Text of any length; characters that cannot be stored become U+FFFD.
 
@@ -61,7 +66,7 @@ class Text(TypeDecorator[str]):
 
     def process_bind_param(self, value: str | None, dialect: Dialect) -> str | None:
         """The text as it is stored, the same on both databases."""
-        return None if value is None else _UNSTORABLE.sub("\ufffd", value)
+        return None if value is None else storable(value)
 
 
 class ShortText(TypeDecorator[str]):
@@ -76,7 +81,7 @@ class ShortText(TypeDecorator[str]):
 
     def process_bind_param(self, value: str | None, dialect: Dialect) -> str | None:
         """The text as it is stored, the same on both databases."""
-        return None if value is None else _UNSTORABLE.sub("\ufffd", value)[: self.length]
+        return None if value is None else storable(value)[: self.length]
 
 
 # SQLite gives automatic row ids to INTEGER keys only; Postgres wants 64 bits.
