@@ -20,7 +20,7 @@ from pathlib import Path
 from sqlalchemy import Connection, Engine, text
 from sqlalchemy.exc import DBAPIError
 
-from orchestrator.database import batches, cache, intake, ledger, migrate
+from orchestrator.database import batches, cache, costs, intake, migrate
 from orchestrator.database.cache import CacheEntry
 from orchestrator.database.engine import AnyRow, open_engine, parse_url, reading, writing
 
@@ -133,7 +133,7 @@ class Database:
     def track_llm_usage(self, run: int) -> dict[str, int]:
         """What a run has used so far: `cost_nusd`, `unconfirmed_nusd`, and tokens `input`, `output`, `cached`."""
         with self.snapshot() as connection:
-            return ledger.totals(connection, run)
+            return costs.totals(connection, run)
 
     def cache_result(self, entries: Sequence[CacheEntry]) -> None:
         """Keeps answers for equal calls. Safe to repeat."""

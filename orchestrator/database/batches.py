@@ -8,7 +8,7 @@ random token, a settlement by the attempt that is no longer open.
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from sqlalchemy import Connection, select
@@ -65,13 +65,18 @@ class OverBudget:
     """The reservation does not fit into a budget.
 
     Attributes:
+        scope: the budget that binds most.
         for_good: it would not fit even if everything in flight cost nothing; otherwise waiting may help.
+        free_nusd: what would have fitted into every budget.
+        spare_nusd: what would fit into every budget if everything in flight cost nothing.
     """
 
     scope: str
     limit_nusd: int
     needed_nusd: int
     for_good: bool
+    free_nusd: int = field(default=0, compare=False)
+    spare_nusd: int = field(default=0, compare=False)
 
 
 ClaimAnswer = Claimed | NotMine | OverBudget
@@ -161,12 +166,21 @@ def _claims_already_made(
 
 
 def _over_budget(wish: Claim, budgets: Sequence[ledger.Budget], taken: dict[int, int]) -> OverBudget | None:
-    for budget in budgets:
-        free = budget.free_nusd()
-        if free is not None and budget.limit_nusd is not None and taken[budget.id] + wish.worst_nusd > free:
-            needed = budget.spent_nusd + budget.excess_nusd + wish.worst_nusd
-            return OverBudget(budget.scope, budget.limit_nusd, needed, not budget.can_ever_take(wish.worst_nusd))
-    return None
+    limited = [budget for budget in budgets if budget.limit_nusd is not None]
+    free = {budget.id: max(0, (budget.free_nusd() or 0) - taken[budget.id]) for budget in limited}
+    refusing = [budget for budget in limited if free[budget.id] < wish.worst_nusd]
+    if not refusing:
+        return None
+    tightest = min(refusing, key=lambda budget: budget.spare_nusd() or 0)
+    spare = tightest.spare_nusd() or 0
+    return OverBudget(
+        scope=tightest.scope,
+        limit_nusd=tightest.limit_nusd or 0,
+        needed_nusd=tightest.used_nusd() + wish.worst_nusd,
+        for_good=spare < wish.worst_nusd,
+        free_nusd=min(free.values()),
+        spare_nusd=spare,
+    )
 
 
 def _attempt_row(wish: Claim, grant: Claimed) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from sqlalchemy import ColumnElement, Connection, Label, RowMapping, Select, func, select
 
-from orchestrator.database.tables import llm_usage, workflow_executions
+from orchestrator.database.tables import ATTEMPT_STATES, llm_usage, workflow_executions
 from orchestrator.money import usd
 
 Grouping = Literal["run", "provider", "model", "step", "day"]
@@ -32,7 +32,7 @@ def costs(
     Returns:
         One object per group: its name under the key `by` (`model` comes with its `provider`, `step` with its
         `workflow`, `run` is called `run_id`), then `calls`, `attempts`, `input_tokens`, `output_tokens`,
-        `cached_tokens`, `cost_usd`, `unconfirmed_usd`.
+        `cached_tokens`, `cost_usd`; of these `unknown_attempts` and `unconfirmed_usd` have an unknown outcome.
     """
     keys = _cost_keys(connection, by)
     query: Select[Any] = (
@@ -42,6 +42,7 @@ def costs(
             func.count().label("attempts"),
             *(func.sum(column).label(column.name) for column in _TOKENS),
             func.sum(_usage.cost_nusd).label("cost_nusd"),
+            func.count().filter(_usage.status == "unknown").label("unknown_attempts"),
             _unknown_cost().label("unknown_nusd"),
         )
         .join(workflow_executions, _runs.id == _usage.workflow_execution_id)
@@ -82,5 +83,36 @@ def _cost_group(row: RowMapping, keys: tuple[Label[Any], ...]) -> dict[str, Any]
         "attempts": row["attempts"],
         **{column.name: int(row[column.name]) for column in _TOKENS},
         "cost_usd": usd(int(row["cost_nusd"])),
+        "unknown_attempts": row["unknown_attempts"],
         "unconfirmed_usd": usd(int(row["unknown_nusd"])),
     }
+
+
+def by_outcome(connection: Connection, run: int) -> tuple[dict[str, int], dict[str, int], dict[str, int]]:
+    """Attempts of a run by status, tokens by kind, and nano-USD: all of it and that of unknown outcome."""
+    query = (
+        select(
+            _usage.status,
+            func.count().label("attempts"),
+            *(func.sum(column).label(column.name) for column in _TOKENS),
+            func.sum(_usage.cost_nusd).label("cost_nusd"),
+        )
+        .where(_usage.workflow_execution_id == run)
+        .group_by(_usage.status)
+    )
+    rows = connection.execute(query).all()
+    counts: dict[str, int] = dict.fromkeys(ATTEMPT_STATES, 0)
+    counts.update({row.status: row.attempts for row in rows})
+    tokens = {
+        "input": sum(int(row.input_tokens) for row in rows),
+        "output": sum(int(row.output_tokens) for row in rows),
+        "cached": sum(int(row.cached_tokens) for row in rows),
+    }
+    unknown = sum(int(row.cost_nusd) for row in rows if row.status == "unknown")
+    return counts, tokens, {"all": sum(int(row.cost_nusd) for row in rows), "unknown": unknown}
+
+
+def totals(connection: Connection, run: int) -> dict[str, int]:
+    """Sums over the attempts of one run: `cost_nusd`, `unconfirmed_nusd`, `input`, `output`, `cached`."""
+    _, tokens, spent = by_outcome(connection, run)
+    return {"cost_nusd": spent["all"], "unconfirmed_nusd": spent["unknown"], **tokens}

@@ -15,6 +15,7 @@ ids.
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import Any, Literal
 
 from sqlalchemy import (
@@ -25,7 +26,6 @@ from sqlalchemy import (
     Integer,
     String,
     bindparam,
-    func,
     insert,
     literal,
     select,
@@ -38,6 +38,7 @@ from orchestrator.database.given import Given
 from orchestrator.database.tables import budgets, llm_usage
 
 GLOBAL_SCOPE = "global"
+DAY_SCOPES = "day:"
 NUSD = 1_000_000_000
 
 AttemptStatus = Literal["reserved", "sent", "ok", "bad_output", "refused", "retryable", "fatal", "unknown", "stale"]
@@ -48,9 +49,34 @@ WORKER_LOST = "worker_lost"
 """Error code of an attempt that nobody settled, because its worker died."""
 
 
+WARN_SHARE = (4, 5)
+"""Share of a limit, as a fraction of integers, from which a warning is given."""
+
+
 def run_scope(run: int) -> str:
     """The name of the budget of one run."""
     return f"run:{run}"
+
+
+def workflow_scope(workflow: str) -> str:
+    """The name of the budget of all runs of a workflow."""
+    return f"workflow:{workflow}"
+
+
+def provider_scope(provider: str) -> str:
+    """The name of the budget of everything that is asked of a provider."""
+    return f"provider:{provider}"
+
+
+def day_scope(epoch_s: float) -> str:
+    """The name of the budget of the day, in UTC, on which a moment lies; in order of time when sorted as text."""
+    return f"{DAY_SCOPES}{datetime.fromtimestamp(epoch_s, UTC):%Y-%m-%d}"
+
+
+def scopes_of(run: int, workflow: str, provider: str, epoch_s: float) -> tuple[str, ...]:
+    """The names of all budgets that an attempt is held against; everybody locks the global one first."""
+    names = (run_scope(run), workflow_scope(workflow), provider_scope(provider), day_scope(epoch_s))
+    return (GLOBAL_SCOPE, *names)
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,15 +90,24 @@ class Budget:
     reserved_nusd: int
     excess_nusd: int
 
+    def used_nusd(self) -> int:
+        """What was spent, the part beyond worst prices included."""
+        return self.spent_nusd + self.excess_nusd
+
+    def is_nearly_used(self) -> bool:
+        """Whether so much of the limit is used that people should know."""
+        part, whole = WARN_SHARE
+        return self.limit_nusd is not None and self.used_nusd() * whole >= self.limit_nusd * part
+
     def free_nusd(self) -> int | None:
         """What may still be reserved now; None without a limit. Never negative."""
         if self.limit_nusd is None:
             return None
-        return max(0, self.limit_nusd - self.spent_nusd - self.reserved_nusd - self.excess_nusd)
+        return max(0, self.limit_nusd - self.used_nusd() - self.reserved_nusd)
 
-    def can_ever_take(self, worst_nusd: int) -> bool:
-        """Whether `worst_nusd` would fit if everything in flight turned out to be free."""
-        return self.limit_nusd is None or self.spent_nusd + self.excess_nusd + worst_nusd <= self.limit_nusd
+    def spare_nusd(self) -> int | None:
+        """What would be free if everything in flight cost nothing; None without a limit. Never negative."""
+        return None if self.limit_nusd is None else max(0, self.limit_nusd - self.used_nusd())
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,15 +133,58 @@ def set_limit(connection: Connection, scope: str, limit_nusd: int | None) -> Bud
     """Creates the budget of a scope, or changes its limit.
 
     A limit below what is already spent and reserved cannot be kept, so it is raised to that sum: nothing new is sent,
-    and what is in flight may settle. Safe to repeat.
+    and what is in flight may settle. Another limit is warned of anew. Safe to repeat.
     """
-    dialect = sqlite if connection.dialect.name == "sqlite" else postgresql
-    # Two producers may create the global budget at the same time.
-    connection.execute(dialect.insert(budgets).values(scope=scope, limit_nusd=limit_nusd).on_conflict_do_nothing())
+    _create(connection, scope, limit_nusd)
     row = connection.execute(select(budgets).where(budgets.c.scope == scope).with_for_update()).one()
     kept = limit_nusd if limit_nusd is None else max(limit_nusd, row.spent_nusd + row.reserved_nusd)
-    connection.execute(update(budgets).where(budgets.c.scope == scope).values(limit_nusd=kept))
+    if kept != row.limit_nusd:
+        statement = update(budgets).where(budgets.c.scope == scope)
+        connection.execute(statement.values(limit_nusd=kept, warned_at=None))
     return find_budget(connection, scope)
+
+
+def ensure_budgets(connection: Connection, scopes: Sequence[str]) -> dict[str, int]:
+    """Ids of budgets by scope; those that do not exist yet begin without a limit, a new day with that of the last one.
+
+    Safe to repeat, and for several processes at once.
+    """
+    found = _ids(connection, scopes)
+    for scope in (one for one in scopes if one not in found):
+        limit = _latest_day_limit(connection, scope) if scope.startswith(DAY_SCOPES) else None
+        _create(connection, scope, limit)
+    return found if len(found) == len(set(scopes)) else _ids(connection, scopes)
+
+
+def find_budgets(connection: Connection, scopes: Iterable[str]) -> list[Budget]:
+    """Those of some budgets that exist, in the order of their ids."""
+    query = select(budgets).where(budgets.c.scope.in_(list(scopes))).order_by(budgets.c.id)
+    return [_budget(row) for row in connection.execute(query)]
+
+
+def warn_once(connection: Connection) -> list[Budget]:
+    """Budgets of which so much is used that people should know, and did not know yet: once per budget and limit."""
+    part, whole = WARN_SHARE
+    used = (budgets.c.spent_nusd + budgets.c.excess_nusd) * whole
+    due = (budgets.c.warned_at.is_(None)) & budgets.c.limit_nusd.is_not(None) & (used >= budgets.c.limit_nusd * part)
+    rows = connection.execute(update(budgets).where(due).values(warned_at=NOW).returning(budgets)).all()
+    return [_budget(row) for row in sorted(rows, key=lambda row: row.id)]
+
+
+def _create(connection: Connection, scope: str, limit_nusd: int | None) -> None:
+    dialect = sqlite if connection.dialect.name == "sqlite" else postgresql
+    # Two processes may create the same budget at the same time.
+    connection.execute(dialect.insert(budgets).values(scope=scope, limit_nusd=limit_nusd).on_conflict_do_nothing())
+
+
+def _ids(connection: Connection, scopes: Sequence[str]) -> dict[str, int]:
+    query = select(budgets.c.scope, budgets.c.id).where(budgets.c.scope.in_(scopes))
+    return {row.scope: row.id for row in connection.execute(query)}
+
+
+def _latest_day_limit(connection: Connection, before: str) -> int | None:
+    days = select(budgets.c.limit_nusd).where(budgets.c.scope.startswith(DAY_SCOPES), budgets.c.scope < before)
+    return connection.execute(days.order_by(budgets.c.scope.desc()).limit(1)).scalar_one_or_none()
 
 
 def find_budget(connection: Connection, scope: str) -> Budget:
@@ -115,10 +193,10 @@ def find_budget(connection: Connection, scope: str) -> Budget:
     Raises:
         LookupError: there is none.
     """
-    row = connection.execute(select(budgets).where(budgets.c.scope == scope)).one_or_none()
-    if row is None:
+    found = find_budgets(connection, (scope,))
+    if not found:
         raise LookupError(f"no budget is called {scope!r}")
-    return _budget(row)
+    return found[0]
 
 
 def lock_budgets(connection: Connection, ids: Iterable[int]) -> dict[int, Budget]:
@@ -189,9 +267,9 @@ def split_ids(text: str) -> tuple[int, ...]:
 
 
 def _apply(connection: Connection, deltas: Mapping[int, tuple[int, int, int]]) -> None:
-    for budget in sorted(deltas):
-        reserved, spent, excess = deltas[budget]
-        connection.execute(_APPLY, {"budget": budget, "reserved": reserved, "spent": spent, "excess": excess})
+    keys = ("budget", "reserved", "spent", "excess")
+    if deltas:
+        connection.execute(_APPLY, [dict(zip(keys, (id_, *deltas[id_]), strict=True)) for id_ in sorted(deltas)])
 
 
 def _budget(row: AnyRow) -> Budget:
@@ -303,23 +381,3 @@ def _settle_values(row: AnyRow, usage: Usage) -> dict[str, Any]:
         "to_message": usage.error_message,
         "to_response": usage.response,
     }
-
-
-def totals(connection: Connection, run: int) -> dict[str, int]:
-    """Sums over the attempts of one run: `cost_nusd`, `unconfirmed_nusd`, `input`, `output`, `cached`."""
-    columns = llm_usage.c
-    unknown = func.sum(columns.cost_nusd).filter(columns.status == "unknown")
-    row = (
-        connection.execute(
-            select(
-                func.coalesce(func.sum(columns.cost_nusd), 0).label("cost_nusd"),
-                func.coalesce(unknown, 0).label("unconfirmed_nusd"),
-                func.coalesce(func.sum(columns.input_tokens), 0).label("input"),
-                func.coalesce(func.sum(columns.output_tokens), 0).label("output"),
-                func.coalesce(func.sum(columns.cached_tokens), 0).label("cached"),
-            ).where(columns.workflow_execution_id == run)
-        )
-        .mappings()
-        .one()
-    )
-    return {key: int(value) for key, value in row.items()}

@@ -6,20 +6,19 @@ in `costs`.
 """
 
 import json
+import math
 from dataclasses import dataclass
 from datetime import UTC
 from typing import Any
 
 from sqlalchemy import Connection, Row, func, literal, or_, select
 
-from orchestrator.database import ledger
+from orchestrator.database import costs, ledger
 from orchestrator.database.engine import NOW
 from orchestrator.database.runs import OPEN_RUN, RunStatus
 from orchestrator.database.tables import (
-    ATTEMPT_STATES,
     CALL_STATES,
     budgets,
-    llm_usage,
     prompt_executions,
     windows,
     workers,
@@ -37,7 +36,6 @@ _MAX_CANDIDATES = 10
 _runs = workflow_executions.c
 _windows = windows.c
 _calls = prompt_executions.c
-_usage = llm_usage.c
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,14 +63,16 @@ def status(connection: Connection, run: int) -> dict[str, Any]:
 
     Returns:
         JSON data: money as decimal strings of US dollars, times as ISO 8601 in UTC. `eta_seconds` is None when nothing
-        moves or the run has ended, `bound_by` when nothing in particular limits the speed.
+        moves or the run has ended, `bound_by` when nothing in particular limits the speed. `budgets` are those with
+        a limit that the run is held to, the one with the least left first; `warnings` name those that are nearly used.
 
     Raises:
         LookupError: the run does not exist.
     """
     row = _run_row(connection, run)
-    attempts, tokens, spent = _attempts(connection, run)
-    budget = _budget(connection, run)
+    attempts, tokens, spent = costs.by_outcome(connection, run)
+    limits = _budgets(connection, row)
+    budget = next((one for one in limits if one.scope == ledger.run_scope(run)), None)
     calls = _calls_by_status(connection, row)
     items = _items(connection, row)
     return {
@@ -98,6 +98,9 @@ def status(connection: Connection, run: int) -> dict[str, Any]:
         "duration_seconds": _duration(connection, row),
         "eta_seconds": _eta(connection, row, calls),
         "bound_by": _bound_by(connection, row),
+        "reason_detail": row.reason_detail,
+        "budgets": [_shown(one) for one in limits if one.limit_nusd is not None],
+        "warnings": [_warning(one) for one in limits if one.is_nearly_used()],
     }
 
 
@@ -217,9 +220,6 @@ def identity(connection: Connection, run: int) -> str:
     return _run_row(connection, run).identity
 
 
-_TOKENS = (_usage.input_tokens, _usage.output_tokens, _usage.cached_tokens)
-
-
 def _run_row(connection: Connection, run: int) -> Row[Any]:
     row = connection.execute(select(workflow_executions).where(_runs.id == run)).one_or_none()
     if row is None:
@@ -227,35 +227,34 @@ def _run_row(connection: Connection, run: int) -> Row[Any]:
     return row
 
 
-def _budget(connection: Connection, run: int) -> ledger.Budget | None:
-    try:
-        return ledger.find_budget(connection, ledger.run_scope(run))
-    except LookupError:
-        return None
+def _budgets(connection: Connection, row: Row[Any]) -> list[ledger.Budget]:
+    """The budgets that the run's next attempts are held against, the one with the least left first."""
+    routes = json.loads(row.spec).get("routes", {})
+    providers = sorted({route["provider"] for chosen in routes.values() for route in chosen})
+    now_s = clock(connection)
+    scopes = {one for name in providers or [""] for one in ledger.scopes_of(row.id, row.workflow_id, name, now_s)}
+    return sorted(ledger.find_budgets(connection, scopes), key=_left)
 
 
-def _attempts(connection: Connection, run: int) -> tuple[dict[str, int], dict[str, int], dict[str, int]]:
-    """Attempts by status, tokens by kind, and nano-USD: all of it and that of unknown outcome."""
-    query = (
-        select(
-            _usage.status,
-            func.count().label("attempts"),
-            *(func.sum(column).label(column.name) for column in _TOKENS),
-            func.sum(_usage.cost_nusd).label("cost_nusd"),
-        )
-        .where(_usage.workflow_execution_id == run)
-        .group_by(_usage.status)
-    )
-    rows = connection.execute(query).all()
-    counts: dict[str, int] = dict.fromkeys(ATTEMPT_STATES, 0)
-    counts.update({row.status: row.attempts for row in rows})
-    tokens = {
-        "input": sum(int(row.input_tokens) for row in rows),
-        "output": sum(int(row.output_tokens) for row in rows),
-        "cached": sum(int(row.cached_tokens) for row in rows),
+def _left(budget: ledger.Budget) -> tuple[float, int]:
+    free = budget.free_nusd()
+    return (math.inf if free is None else free, budget.id)
+
+
+def _shown(budget: ledger.Budget) -> dict[str, Any]:
+    return {
+        "scope": budget.scope,
+        "limit_usd": usd_or_none(budget.limit_nusd),
+        "spent_usd": usd(budget.used_nusd()),
+        "reserved_usd": usd(budget.reserved_nusd),
+        "free_usd": usd_or_none(budget.free_nusd()),
     }
-    unknown = sum(int(row.cost_nusd) for row in rows if row.status == "unknown")
-    return counts, tokens, {"all": sum(int(row.cost_nusd) for row in rows), "unknown": unknown}
+
+
+def _warning(budget: ledger.Budget) -> str:
+    limit = budget.limit_nusd or 0
+    share = f"{100 * budget.used_nusd() // limit} %" if limit else "all"
+    return f"{share} of the budget {budget.scope} is used: ${usd(budget.used_nusd())} of ${usd(limit)}"
 
 
 def _calls_by_status(connection: Connection, row: Row[Any]) -> dict[str, int]:
@@ -267,10 +266,12 @@ def _calls_by_status(connection: Connection, row: Row[Any]) -> dict[str, int]:
     ).one()
     counts: dict[str, int] = dict.fromkeys(CALL_STATES, 0)
     counts.update({name: int(value) for name, value in zip(ended, closed, strict=True)})
+    # Windows that wait for a lane once more, after a retry, hold calls that have ended.
+    taken_back = (_windows.status == "pending") & (_windows.round > 0)
     live = (
         select(_calls.status, func.count().label("calls"))
         .join(windows, _windows.id == _calls.window_id)
-        .where(_windows.workflow_execution_id == row.id, _windows.status == "open")
+        .where(_windows.workflow_execution_id == row.id, or_(_windows.status == "open", taken_back))
         .group_by(_calls.status)
     )
     for found in connection.execute(live):

@@ -102,6 +102,7 @@ workflow_executions = Table(
     Column("project_name", ShortText(200), nullable=False, comment="what is judged: the name of the input"),
     Column("status", String(16), nullable=False),
     Column("reason", String(64), comment="why the status is what it is: budget, user, deadline, ...; NULL if obvious"),
+    Column("reason_detail", String(200), comment="more about the reason: the budget that binds; NULL for nothing"),
     Column("started_at", DateTime(timezone=True), nullable=False, comment="UTC"),
     Column("completed_at", DateTime(timezone=True), comment="UTC; NULL until the run has ended"),
     Column("duration_seconds", Double, comment="s, from started_at to completed_at; NULL until then"),
@@ -249,6 +250,7 @@ llm_usage = Table(
     Column("reserved_at", Double, nullable=False, comment="s since epoch"),
     Column("sent_at", Double, comment="s since epoch, committed before the first byte left; NULL if never sent"),
     Column("settled_at", Double, comment="s since epoch"),
+    Column("looks", Integer, nullable=False, server_default="0", comment="times an unknown outcome was looked up"),
     Column("latency_ms", Integer, comment="ms from send to reply"),
     Column("http_status", Integer),
     Column("request_id", ShortText(200), comment="the provider's own id"),
@@ -265,6 +267,12 @@ llm_usage = Table(
         "worker_id",
         postgresql_where=text("status IN ('reserved', 'sent')"),
         sqlite_where=text("status IN ('reserved', 'sent')"),
+    ),
+    Index(
+        "ix_llm_usage_unknown",
+        "provider",
+        postgresql_where=text("status = 'unknown'"),
+        sqlite_where=text("status = 'unknown'"),
     ),
 )
 
@@ -284,7 +292,13 @@ budgets = Table(
     "budgets",
     metadata,
     Column("id", BigId, primary_key=True),
-    Column("scope", String(200), nullable=False, unique=True, comment="'global', or 'run:' and the number of the run"),
+    Column(
+        "scope",
+        String(260),
+        nullable=False,
+        unique=True,
+        comment="global, run:NUMBER, workflow:NAME, provider:NAME or day:YYYY-MM-DD (UTC)",
+    ),
     Column("limit_nusd", BigInteger, comment="nano-USD; NULL for no limit"),
     Column("spent_nusd", BigInteger, nullable=False, server_default="0", comment="nano-USD, unconfirmed included"),
     Column("reserved_nusd", BigInteger, nullable=False, server_default="0", comment="nano-USD of attempts in flight"),
@@ -295,6 +309,7 @@ budgets = Table(
         server_default="0",
         comment="nano-USD that a provider reported beyond the worst price it could have asked by its own price list",
     ),
+    Column("warned_at", Double, comment="s since epoch of the warning about this limit; NULL if none was given"),
     CheckConstraint("limit_nusd IS NULL OR spent_nusd + reserved_nusd <= limit_nusd", name="never_overspent"),
     CheckConstraint("spent_nusd >= 0 AND reserved_nusd >= 0 AND excess_nusd >= 0", name="not_negative"),
 )

@@ -8,7 +8,7 @@ from typing import Any
 
 from sqlalchemy import Row, func, select, update
 
-from orchestrator.database import Database, batches, fleet, intake, ledger, runs, windows
+from orchestrator.database import Database, batches, costs, fleet, intake, ledger, runs, windows
 from orchestrator.database.batches import Claim, ClaimAnswer, Claimed, Settlement
 from orchestrator.database.ledger import Budget, Usage
 from orchestrator.database.runs import CallEnd
@@ -194,7 +194,7 @@ class Stage:
                 )
             ).scalar_one()
             budget = connection.execute(select(budgets).where(budgets.c.id == self.budget)).one()
-            totals = ledger.totals(connection, self.run)
+            totals = costs.totals(connection, self.run)
         assert booked == budget.spent_nusd + budget.excess_nusd
         assert booked == of_calls
         assert booked == totals["cost_nusd"]

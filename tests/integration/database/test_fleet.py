@@ -5,7 +5,7 @@ from threading import Barrier, Thread
 import pytest
 from sqlalchemy import func, select, update
 
-from orchestrator.database import Database, fleet, ledger, runs
+from orchestrator.database import Database, costs, fleet, runs
 from orchestrator.database.batches import NotMine
 from orchestrator.database.fleet import Freed
 from orchestrator.database.ledger import Usage
@@ -212,7 +212,7 @@ def test_an_unknown_attempt_is_corrected_once_its_outcome_is_known(stage: Stage)
     stage.settle(stage.settlement(0, grant, Usage("ok", cost_nusd=25), CallEnd("completed", result="1")))
     assert stage.money().free_nusd() == 75
     with stage.database.snapshot() as connection:
-        assert ledger.totals(connection, stage.run)["unconfirmed_nusd"] == 0
+        assert costs.totals(connection, stage.run)["unconfirmed_nusd"] == 0
     stage.check_books()
 
 

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 from sqlalchemy import text
 
-from orchestrator.database import Database, cache, ledger
+from orchestrator.database import Database, cache, costs
 from orchestrator.database.batches import Claimed
 from orchestrator.database.cache import CacheEntry
 from orchestrator.database.ledger import Usage
@@ -138,7 +138,7 @@ def test_an_unknown_outcome_is_booked_at_its_worst(stage: Stage):
     assert stage.row(0).status == "running"
     assert (stage.money().spent_nusd, stage.money().reserved_nusd) == (77, 0)
     with stage.database.snapshot() as connection:
-        assert ledger.totals(connection, stage.run)["unconfirmed_nusd"] == 77
+        assert costs.totals(connection, stage.run)["unconfirmed_nusd"] == 77
     stage.check_books()
 
 

@@ -306,7 +306,7 @@ def test_results_of_many_items_cross_pages(database: Database, monkeypatch: pyte
 @pytest.mark.parametrize("by", ["run", "provider", "model", "step", "day"])
 def test_every_grouping_of_costs_adds_up_to_the_ledger(ended: Filled, by: costs.Grouping) -> None:
     groups = costs.costs(ended.connection, ended.run, by)
-    total = ledger.totals(ended.connection, ended.run)["cost_nusd"]
+    total = costs.totals(ended.connection, ended.run)["cost_nusd"]
     assert sum(Decimal(group["cost_usd"]) for group in groups) == Decimal(total) / 10**9
     assert sum(group["attempts"] for group in groups) == 5
 
