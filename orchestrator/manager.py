@@ -144,6 +144,9 @@ class WorkflowManager:
             EnvironmentNotReady: the key of a provider that would be asked is missing.
         """
         problems = list(_selection_problems(request))
+        if problems:
+            # So that the rows themselves are looked at all the same.
+            request = replace(request, limit=None, sample=None)
         pack = _collect(problems, lambda: self._files.load_prompts(request.pack))
         source, summary = self._scan(request, pack, problems)
         if pack is None:
@@ -455,7 +458,8 @@ def _budget(
     if text is None:
         return None
     limit = parse_usd(text)
-    if limit is None:
+    # The workflow's own one was looked at with the rest of its declaration.
+    if limit is None and wanted is not None:
         problems.append(_bad_budget(text))
     return limit
 

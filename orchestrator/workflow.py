@@ -6,6 +6,7 @@ the declaration alone. Its JSON Schema is published for editors by `json_schema`
 """
 
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
@@ -25,6 +26,7 @@ RESERVED_NAMES = frozenset({"item", "answers", "entries", "totals", "workflow", 
 
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_]{0,63}$")]
 ScalarType = Literal["string", "integer", "number", "boolean"]
+_QUOTED = re.compile("'([^']*)'")
 MAX_USD = 9_000_000
 """Above it a 64-bit number of nano-USD has no room for sums."""
 StepKind = Literal["item", "reduce"]
@@ -320,9 +322,17 @@ def _repair(data: Any, detail: ErrorDetails) -> None:
         raise LookupError(detail["loc"])
     table = tables[len(path) - 1]
     value = table.pop(path[-1])
-    meant = suggest(str(path[-1]), _keys_beside(path)) if detail["type"] == "extra_forbidden" else None
-    if meant is not None and meant not in table:
-        table[meant] = value
+    if detail["type"] == "extra_forbidden":
+        meant = suggest(str(path[-1]), _keys_beside(path))
+        if meant is not None and meant not in table:
+            table[meant] = value
+    elif detail["type"] == "literal_error" and (meant := suggest(str(value), _choices(detail))) is not None:
+        table[path[-1]] = meant
+
+
+def _choices(detail: ErrorDetails) -> list[str]:
+    """The words that may stand where another one stands."""
+    return _QUOTED.findall(str(detail.get("ctx", {}).get("expected", "")))
 
 
 def _as_problem(detail: ErrorDetails, document: TomlDocument) -> Problem:
@@ -338,6 +348,9 @@ def _as_problem(detail: ErrorDetails, document: TomlDocument) -> Problem:
         case "string_pattern_mismatch":
             hint = "use lower-case letters, digits and underscores, and begin with a letter"
             return Problem("workflow.bad-name", f"{where} is no valid name: {detail['input']!r}", place, hint)
+        case "literal_error":
+            hint = did_you_mean(str(detail["input"]), _choices(detail))
+            return Problem("workflow.bad-value", f"{where} cannot be {detail['input']!r}", place, hint)
         case _:
             return Problem("workflow.bad-value", f"{where}: {detail['msg'][0].lower()}{detail['msg'][1:]}", place)
 
@@ -486,7 +499,7 @@ def _rank_problems(step: Step, reduce: Reduce, by_name: Mapping[str, Step]) -> I
     for name, keys in used:
         if name not in numeric:
             message = f"{name!r} is no number in the answer of {scored.name!r}"
-            yield "unknown-field", message, keys, did_you_mean(name, numeric)
+            yield "unknown-field", message, keys, did_you_mean(name, numeric) if numeric else None
 
 
 def _answer_problems(answer: AnswerSpec) -> Iterator[tuple[str, str, tuple[str | int, ...]]]:
