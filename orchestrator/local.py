@@ -33,6 +33,10 @@ LOCAL_HEARTBEAT_S = "1"
 LOCAL_LEASE_S = "4"
 
 
+MALLOC_ARENAS = "2"
+"""The C library gives every thread a heap of its own that never shrinks; two are 10 MB less for a busy worker."""
+
+
 class LocalEngine:
     """The private server and the worker of one command. A context manager; use it once.
 
@@ -149,6 +153,7 @@ class LocalEngine:
                 "REDIS_URL": self.redis_url,
                 "DATABASE_URL": self._settings.database_url,
                 "LLM_ORCHESTRATOR_HOME": str(self._settings.home),
+                "MALLOC_ARENA_MAX": MALLOC_ARENAS,
                 **self._faster_leases(),
             }
         )

@@ -15,12 +15,15 @@
 
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
+from functools import cache as once
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 from sqlalchemy import Connection, Engine, text
 from sqlalchemy.exc import DBAPIError
 
-from orchestrator.database import batches, cache, costs, intake, migrate
+from orchestrator.database import batches, cache, costs, intake
 from orchestrator.database.cache import CacheEntry
 from orchestrator.database.engine import AnyRow, open_engine, parse_url, reading, writing
 
@@ -92,6 +95,7 @@ class Database:
             DatabaseUnavailable: it does not answer.
             SchemaOutdated: a newer release wrote it.
         """
+        migrate = _migrate()
         found = migrate.current_revision(self._engine)
         if found is not None and not migrate.is_known(self._engine, found):
             raise SchemaOutdated(found, migrate.head_revision(self._engine))
@@ -106,6 +110,7 @@ class Database:
         """
         with self.snapshot() as connection:
             connection.execute(text("SELECT 1"))
+        migrate = _migrate()
         found, wanted = migrate.current_revision(self._engine), migrate.head_revision(self._engine)
         if found != wanted:
             raise SchemaOutdated(found, wanted)
@@ -118,6 +123,7 @@ class Database:
         """
         if self._url.drivername == "sqlite" and not Path(self._url.database or "").exists():
             return False
+        migrate = _migrate()
         return migrate.current_revision(self._engine) == migrate.head_revision(self._engine)
 
     def save_workflow_execution(self, values: dict[str, object], limit_nusd: int | None) -> int:
@@ -143,3 +149,9 @@ class Database:
     def close(self) -> None:
         """Closes all connections."""
         self._engine.dispose()
+
+
+@once
+def _migrate() -> Any:
+    """The module `migrate`, loaded by those who need it: Alembic costs 8 MB and 0.1 s, which no worker has to spend."""
+    return import_module("orchestrator.database.migrate")
