@@ -82,6 +82,7 @@ class OrchestratorError(Exception):
         │   └── WorkflowError       packs, workflow declarations, templates
         ├── EnvironmentNotReady     database, broker, key or directory is missing; holds all problems
         ├── RunNotFound             a run name that fits no run, or several
+        ├── WrongState              what is asked for does not fit what a run or the installation does now
         ├── BudgetExceeded          a reservation that does not fit
         └── AnswerError             a reply that is not a valid answer
     """
@@ -139,6 +140,12 @@ class RunNotFound(OrchestratorError):
         if not self.candidates:
             return f"no run is called {self.wanted!r}"
         return f"no single run is called {self.wanted!r}; it could be: {', '.join(self.candidates)}"
+
+
+class WrongState(OrchestratorError):
+    """What is asked for does not fit the state in which a run or the installation is; nothing was changed."""
+
+    exit_code = ExitCode.USAGE
 
 
 class BudgetExceeded(OrchestratorError):

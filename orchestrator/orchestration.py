@@ -51,12 +51,20 @@ class WorkflowOrchestrator:
         app: the Celery application to publish through.
         on_finish: called with the number of a run whose steps are all done, before its status says so; writes
             result files. It may be called again for the same run after a crash. None leaves ending runs to others.
+        actor: who moves runs, for the audit log.
     """
 
-    def __init__(self, database: Database, app: Celery, on_finish: Callable[[int], None] | None = None) -> None:
+    def __init__(
+        self,
+        database: Database,
+        app: Celery,
+        on_finish: Callable[[int], None] | None = None,
+        actor: str = "llm-orchestrator",
+    ) -> None:
         self._database = database
         self._app = app
         self._on_finish = on_finish
+        self._actor = actor
 
     def orchestrate(self, run: int) -> None:
         """Begins a stored run, or takes it up again where it stands. Safe to repeat."""
@@ -102,17 +110,30 @@ class WorkflowOrchestrator:
             self.coordinate_steps(run.id)
 
     def manage_state(
-        self, run: int, to: runs.RunStatus, reason: str | None, *, sources: Sequence[runs.RunStatus]
+        self,
+        run: int,
+        to: runs.RunStatus,
+        reason: str | None,
+        *,
+        sources: Sequence[runs.RunStatus],
+        detail: str | None = None,
     ) -> bool:
         """Moves a run to another status if it is in one of the `sources`; cancelling ends its pending calls.
+
+        What people ask for is in `orchestrator.control`; this is for what the machinery finds out by itself.
 
         Returns:
             Whether it moved. Workers notice within a heartbeat.
         """
         with self._database.transaction() as connection:
-            moved = runs.move_run(connection, run, to, reason, sources=sources)
+            row = runs.lock_run(connection, run)
+            moved = runs.move_run(connection, run, to, reason, sources=sources, detail=detail)
             if moved and to == "cancelled":
                 runs.cancel_calls(connection, run)
+            if moved:
+                new = {"status": to, "reason": reason}
+                change = Change(self._actor, f"run.{to}", row.run_id, old={"status": row.status}, new=new)
+                audit.append(connection, change)
         if moved and to == "running":
             self.republish(run)
         return moved
@@ -154,7 +175,8 @@ class WorkflowOrchestrator:
 
     def _fill_lanes(self, connection: Connection, row: AnyRow, spec: RunSpec, segment: Segment) -> list[Publication]:
         return [
-            self._open(connection, row, window, _item_calls(row.id, spec, segment, window))
+            # A window that was open before has its calls: it waits for a lane again after a retry.
+            self._open(connection, row, window, [] if window.round else _item_calls(row.id, spec, segment, window))
             for window in windows.next_for_lanes(connection, row.id, segment.number, spec.lanes)
         ]
 
@@ -184,6 +206,8 @@ class WorkflowOrchestrator:
             window = windows.find_reduce(connection, row.id, row.segment, step.name)
             if window is None:
                 return False, [self._ask_reduce(connection, row, spec, step)]
+            if window.status == "pending":
+                return False, [self._open(connection, row, window, [])]
             if window.status != "closed":
                 return False, []
         runs.set_stage(connection, row.id, segment=row.segment, phase="reduce", reduce_index=row.reduce_index + 1)
@@ -194,7 +218,7 @@ class WorkflowOrchestrator:
         if following >= len(segments):
             runs.set_stage(connection, row.id, segment=row.segment, phase="finish", reduce_index=0)
             return
-        if segments[following].levels:
+        if segments[following].levels and not windows.has_windows(connection, row.id, following):
             ranges = planning.windows(0, row.items_total - 1, spec.window_size)
             intake.add_windows(connection, row.id, following, ranges)
         runs.set_stage(connection, row.id, segment=following, phase="items", reduce_index=0)

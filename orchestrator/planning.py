@@ -147,3 +147,49 @@ def needed_answers(workflow: Workflow, step: Step) -> tuple[str, ...]:
             seen.add(name)
             waiting.extend(workflow.step(name).needs)
     return tuple(other.name for other in workflow.ordered_steps if other.name in seen)
+
+
+@dataclass(frozen=True, slots=True)
+class Redo:
+    """What follows from asking calls of some steps again.
+
+    Attributes:
+        same_item: item steps that saw an answer of these steps about the same item: what was skipped for want of it is
+            decided anew.
+        behind: item steps that saw a reduce step which is done anew: what was skipped is decided anew for all items.
+        reduces: reduce steps that are done anew, in order of work.
+        stage: segment, whether its reduce steps are at work, and which of them: where the run goes on.
+    """
+
+    same_item: tuple[str, ...]
+    behind: tuple[str, ...]
+    reduces: tuple[str, ...]
+    stage: tuple[int, bool, int]
+
+
+def redo(workflow: Workflow, asked: frozenset[str]) -> Redo:
+    """What has to be done again once calls of the steps `asked` (at least one) were asked again.
+
+    A reduce step is done anew when it needs one of them, itself or through others, and when an item step of its own
+    segment is among them, since it tells how many items failed there.
+    """
+    whole = segments(workflow)
+    anew: set[str] = set()
+    behind: list[str] = []
+    for segment in whole:
+        behind += [name for name in segment.item_steps() if anew & {*needed_answers(workflow, workflow.step(name))}]
+        for name in segment.reduces:
+            if {name, *segment.item_steps(), *needed_answers(workflow, workflow.step(name))} & (asked | anew):
+                anew.add(name)
+    same_item = [
+        step.name
+        for step in workflow.ordered_steps
+        if step.kind == "item" and asked & {*needed_answers(workflow, step)} and step.name not in behind
+    ]
+    stages = [
+        (segment.number, name in segment.reduces, segment.reduces.index(name) if name in segment.reduces else 0)
+        for segment in whole
+        for name in asked.intersection((*segment.item_steps(), *segment.reduces))
+    ]
+    ordered = tuple(name for segment in whole for name in segment.reduces if name in anew)
+    return Redo(tuple(same_item), tuple(behind), ordered, min(stages))

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from hashlib import sha256
 from typing import Any
 
-from sqlalchemy import Connection, insert, select, text
+from sqlalchemy import Connection, RowMapping, insert, select, text
 
-from orchestrator.database.engine import NOW, AnyRow
+from orchestrator.database.engine import NOW
 from orchestrator.database.tables import audit_log, storable
 from orchestrator.database.times import iso_epoch
 
@@ -94,11 +94,11 @@ def verify(connection: Connection, head: str | None = None) -> Verdict:
     before, count, is_found = FIRST, 0, head is None
     for row in _rows(connection):
         count += 1
-        if row.prev_hash != before:
-            return Verdict(count, before, row.id, "a row before it was removed, inserted or moved")
-        if row.hash != _hash(row._mapping):
-            return Verdict(count, before, row.id, "it was edited")
-        before = row.hash
+        if row["prev_hash"] != before:
+            return Verdict(count, before, row["id"], "a row before it was removed, inserted or moved")
+        if row["hash"] != _hash(row):
+            return Verdict(count, before, row["id"], "it was edited")
+        before = row["hash"]
         is_found = is_found or before == head
     return Verdict(count, before, None, None if is_found else "rows at the end were removed: that head is not there")
 
@@ -130,13 +130,12 @@ def entries(connection: Connection, run: str | None = None, limit: int | None = 
     ]
 
 
-def _rows(connection: Connection) -> Iterator[AnyRow]:
+def _rows(connection: Connection) -> Iterator[RowMapping]:
     last = -1
-    while page := connection.execute(
-        select(audit_log).where(_columns.id > last).order_by(_columns.id).limit(_PAGE)
-    ).all():
+    query = select(audit_log).order_by(_columns.id).limit(_PAGE)
+    while page := connection.execute(query.where(_columns.id > last)).mappings().all():
         yield from page
-        last = page[-1].id
+        last = page[-1]["id"]
 
 
 def _hash(row: Mapping[Any, Any]) -> str:

@@ -86,10 +86,19 @@ def lock_run(connection: Connection, run: int) -> AnyRow:
 
 
 def move_run(
-    connection: Connection, run: int, to: RunStatus, reason: str | None, *, sources: Sequence[RunStatus]
+    connection: Connection,
+    run: int,
+    to: RunStatus,
+    reason: str | None,
+    *,
+    sources: Sequence[RunStatus],
+    detail: str | None = None,
 ) -> bool:
-    """Moves a run to another status; True if it was in one of the `sources`. An end sets the times."""
-    values: dict[str, Any] = {"status": to, "reason": reason}
+    """Moves a run to another status; True if it was in one of the `sources`. An end sets the times.
+
+    `detail` says more about the reason, such as which budget binds.
+    """
+    values: dict[str, Any] = {"status": to, "reason": reason, "reason_detail": detail and detail[:200]}
     if to in ("completed", "failed", "cancelled"):
         values |= _ended(connection)
     else:
@@ -106,6 +115,17 @@ def _ended(connection: Connection) -> dict[str, Any]:
     else:
         seconds = func.extract("epoch", func.clock_timestamp() - _runs.started_at)
     return {"completed_at": func.current_timestamp(), "duration_seconds": seconds}
+
+
+def set_priority(connection: Connection, run: int, priority: int) -> None:
+    """Gives a run another priority; higher ones go first."""
+    connection.execute(update(workflow_executions).where(_runs.id == run).values(priority=priority))
+
+
+def priorities(connection: Connection, numbers: Iterable[int]) -> dict[int, int]:
+    """Priorities of some runs, by number."""
+    query = select(_runs.id, _runs.priority).where(_runs.id.in_(set(numbers)))
+    return {row.id: row.priority for row in connection.execute(query)}
 
 
 def set_stage(connection: Connection, run: int, *, segment: int, phase: str, reduce_index: int) -> None:

@@ -6,7 +6,8 @@ have ended; then its counters say what they came to, so that a report adds up wi
 All functions work inside the caller's transaction.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 from typing import Any
 
 from sqlalchemy import Connection, and_, bindparam, exists, func, insert, or_, select, update
@@ -34,16 +35,24 @@ def find_reduce(connection: Connection, run: int, segment: int, step: str) -> An
 
 
 def next_for_lanes(connection: Connection, run: int, segment: int, lanes: int) -> list[AnyRow]:
-    """Pending windows of a segment that may be opened now: as many as lanes are free."""
+    """Pending windows of items of a segment that may be opened now: as many as lanes are free."""
     own = _windows.workflow_execution_id == run
     at_work = connection.execute(select(func.count()).where(own, _windows.status == "open")).scalar_one()
     query = (
         select(windows)
-        .where(own, _windows.segment == segment, _windows.status == "pending")
+        .where(own, _windows.segment == segment, _windows.step.is_(None), _windows.status == "pending")
         .order_by(_windows.number)
         .limit(max(0, lanes - at_work))
     )
     return list(connection.execute(query))
+
+
+def has_windows(connection: Connection, run: int, segment: int) -> bool:
+    """Whether a segment has windows of items: it was begun before."""
+    query = select(_windows.id).where(
+        _windows.workflow_execution_id == run, _windows.segment == segment, _windows.step.is_(None)
+    )
+    return connection.execute(query.limit(1)).first() is not None
 
 
 def has_unclosed(connection: Connection, run: int, segment: int) -> bool:
@@ -58,12 +67,12 @@ def has_unclosed(connection: Connection, run: int, segment: int) -> bool:
 
 
 def open_of_running_runs(connection: Connection, run: int | None = None) -> list[int]:
-    """Open windows of running runs, or of one of them, in the order in which they came."""
+    """Open windows of running runs, or of one of them: those of a higher priority first, then in order of coming."""
     query = (
         select(_windows.id)
         .join(workflow_executions, _runs.id == _windows.workflow_execution_id)
         .where(_windows.status == "open", _runs.status == "running")
-        .order_by(_windows.id)
+        .order_by(_runs.priority.desc(), _windows.id)
     )
     if run is not None:
         query = query.where(_windows.workflow_execution_id == run)
@@ -71,7 +80,10 @@ def open_of_running_runs(connection: Connection, run: int | None = None) -> list
 
 
 def open_pending(connection: Connection, window: int, calls: Sequence[dict[str, Any]]) -> None:
-    """Opens a pending window and writes its calls. The calls exist once, however often this is tried."""
+    """Opens a pending window and writes its calls, none for a window that was open before.
+
+    The calls exist once, however often this is tried.
+    """
     moved = connection.execute(
         update(windows).where(_windows.id == window, _windows.status == "pending").values(status="open")
     )
@@ -129,9 +141,28 @@ def _counts(window: int) -> dict[str, Any]:
     return counted | {"items_failed": failed.scalar_subquery(), "items_skipped": untouched.scalar_subquery()}
 
 
-def reopen(connection: Connection, window: int) -> None:
-    """Opens a closed window again, because calls in it are to be asked again."""
-    connection.execute(update(windows).where(_windows.id == window, _windows.status == "closed").values(status="open"))
+def take_back(connection: Connection, run: int, ids: Iterable[int], behind: int) -> None:
+    """Makes windows pending again, so that they are opened, and counted, once more when their turn comes.
+
+    Args:
+        connection: the caller's transaction, which holds the run's row.
+        run: the run they belong to.
+        ids: those in which calls were put back; open windows of items stay open.
+        behind: segment; of all later ones, open windows are taken back too.
+    """
+    zero = dict.fromkeys(("completed", "failed", "skipped", "cancelled", "items_failed", "items_skipped"), 0)
+    statement = update(windows).values(status="pending", wake_at=None, **zero)
+    for some in _pages(ids):
+        again = or_(_windows.status == "closed", _windows.step.is_not(None))
+        connection.execute(statement.where(_windows.id.in_(some), again))
+    later = (_windows.workflow_execution_id == run) & (_windows.segment > behind)
+    connection.execute(statement.where(later, _windows.status == "open"))
+
+
+def _pages(ids: Iterable[int]) -> Iterator[list[int]]:
+    iterator = iter(ids)
+    while some := list(islice(iterator, 500)):
+        yield some
 
 
 def note_progress(connection: Connection, window_ids: Iterable[int]) -> None:
@@ -142,7 +173,7 @@ def note_progress(connection: Connection, window_ids: Iterable[int]) -> None:
 
 
 def due_or_silent(connection: Connection, silent_s: float) -> list[AnyRow]:
-    """Open windows of running runs that are due, or silent for too long: columns id, run.
+    """Open windows of running runs that are due, or silent for too long, by priority: columns id, run.
 
     A window is silent when nothing of it was published or settled for `silent_s` seconds and none of its calls is held.
     """
@@ -156,6 +187,6 @@ def due_or_silent(connection: Connection, silent_s: float) -> list[AnyRow]:
         select(_windows.id, _windows.workflow_execution_id.label("run"))
         .join(workflow_executions, _runs.id == _windows.workflow_execution_id)
         .where(_runs.status == "running", _windows.status == "open", or_(_windows.wake_at <= NOW, quiet))
-        .order_by(_windows.id)
+        .order_by(_runs.priority.desc(), _windows.id)
     )
     return list(connection.execute(query))

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
-from sqlalchemy import Connection, bindparam, func, insert, or_, select
+from sqlalchemy import Connection, bindparam, delete, func, insert, or_, select
 
 from orchestrator.database.engine import NOW, AnyRow
 from orchestrator.database.tables import items, prompt_executions, verdicts, windows, workflow_executions
@@ -182,7 +182,8 @@ def reduce_totals(connection: Connection, run: int, segment: int, ranking: str |
 
 
 def save_ranking(connection: Connection, run: int, step: str, places: Iterable[tuple[int, int, float]]) -> None:
-    """Writes a ranking as (ordinal, rank, score), best first. A step is ranked once."""
+    """Writes a ranking as (ordinal, rank, score), best first; one that was there before is replaced."""
+    connection.execute(delete(verdicts).where(verdicts.c.workflow_execution_id == run, verdicts.c.step == step))
     statement = insert(verdicts).values(workflow_execution_id=run, step=step)
     rows = (
         {"position": position, "item_ordinal": ordinal, "rank": rank, "score": score}

@@ -188,14 +188,18 @@ def test_windows_of_a_run_that_does_not_run_stay_asleep(stage: Stage, state: run
         assert windows.open_of_running_runs(connection) == []
 
 
-def test_a_closed_window_neither_wakes_nor_waits_and_may_be_opened_again(stage: Stage):
+def test_a_closed_window_neither_wakes_nor_waits_and_may_be_taken_back(stage: Stage):
     with stage.database.transaction() as connection:
         windows.close_done(connection, stage.window)
         windows.wake_in(connection, stage.window, 5)
     assert due(stage) == []
     assert window(stage).wake_at is None
     with stage.database.transaction() as connection:
-        windows.reopen(connection, stage.window)
+        windows.take_back(connection, stage.run, [stage.window], behind=0)
+    assert window(stage).status == "pending"
+    with stage.database.transaction() as connection:
+        assert [one.id for one in windows.next_for_lanes(connection, stage.run, 0, 2)] == [stage.window]
+        windows.open_pending(connection, stage.window, [])
     assert window(stage).status == "open"
 
 
