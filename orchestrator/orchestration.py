@@ -15,7 +15,8 @@ from celery import Celery
 from kombu.exceptions import OperationalError
 
 from orchestrator import broker, planning
-from orchestrator.database import AnyRow, Connection, Database, intake, reports, runs, windows, work
+from orchestrator.database import AnyRow, Connection, Database, audit, intake, reports, runs, windows, work
+from orchestrator.database.audit import Change
 from orchestrator.judging.ranking import Scored, rank
 from orchestrator.planning import OpenCall, Segment
 from orchestrator.runspec import RunSpec
