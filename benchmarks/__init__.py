@@ -1,1 +1,1 @@
-"""Repeatable measurements of the whole product against the fake provider; `python -m benchmarks` runs them, README.md explains."""
+"""Repeatable measurements of the whole product against the fake provider; README.md explains how to read them."""

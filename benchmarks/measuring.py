@@ -1,8 +1,8 @@
 """Runs a command beside a fake provider and measures it: time, processor time and memory over all its processes.
 
-Times come from the provider's book, so that both sides are measured by the same clock at the same place. Processor time is
-what the kernel accounts to the command and to every process it started and waited for. Memory is the largest sum of
-PSS seen (what is shared between processes counts once), sampled; the samples cost the command nothing.
+Times come from the provider's book, so that both sides are measured by the same clock at the same place. Processor
+time is what the kernel accounts to the command and to every process it started and waited for. Memory is the largest
+sum of PSS seen (what is shared between processes counts once), sampled.
 """
 
 import json
@@ -11,13 +11,14 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 
+from orchestrator.config import ConfigManager
 from tests.fakes.provider_log import ProviderLog, read_log
 
 SAMPLE_S = 0.2
@@ -59,7 +60,7 @@ class _Sample:
 
 
 @contextmanager
-def fake_provider(options: Mapping[str, float], log: Path) -> Iterator[str]:
+def fake_provider(options: Mapping[str, float], log: Path) -> Generator[str]:
     """Serves from a process of its own while the block runs; yields the base URL."""
     flags = [part for name, value in options.items() for part in (f"--{name.replace('_', '-')}", str(value))]
     command = [sys.executable, "-m", "tests.fakes.provider_server", "--log", str(log), *flags]
@@ -81,7 +82,10 @@ def measure(command: Sequence[str], environment: Mapping[str, str], log: Path) -
     ended = threading.Event()
     started = time.monotonic()
     process = subprocess.Popen(
-        [sys.executable, "-m", *command], env={**os.environ, **environment}, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-m", *command],
+        env=ConfigManager().child_environment(environment),
+        stdout=subprocess.PIPE,
+        text=True,
     )
     sampler = threading.Thread(target=_sample, args=(process.pid, samples, ended))
     sampler.start()
@@ -97,9 +101,7 @@ def measure(command: Sequence[str], environment: Mapping[str, str], log: Path) -
     return _measured(json.loads(told)["completed"], wall_s, used.ru_utime + used.ru_stime, samples, read_log(log))
 
 
-def _measured(
-    completed: int, wall_s: float, cpu_s: float, samples: Sequence[_Sample], log: ProviderLog
-) -> Measured:
+def _measured(completed: int, wall_s: float, cpu_s: float, samples: Sequence[_Sample], log: ProviderLog) -> Measured:
     first, last = log.received[0], log.answered[-1]
     largest = max(samples, key=lambda sample: sum(sample.pss_mb.values()))
     return Measured(

@@ -1,6 +1,7 @@
 """The yardstick: the same requests from a plain asyncio and aiohttp client that keeps nothing.
 
-It stores no answer, counts no money, and loses everything when it is killed. Faults are met with the simplest retry there is.
+It stores no answer, counts no money, and loses everything when it is killed. Faults are met with the simplest retry
+there is.
 Run as a process of its own: `python -m benchmarks.plain URL REQUESTS.jsonl IN_FLIGHT`.
 """
 

@@ -1,12 +1,14 @@
 """The product as one command would run it: plan, private Valkey, one worker, follow to the end.
 
-Run as a process of its own: `python -m benchmarks.product PACK ITEMS.jsonl LOG`; configuration comes from the environment.
+Run as a process of its own: `python -m benchmarks.product PACK ITEMS.jsonl LOG`. Configuration comes from the
+environment.
 """
 
 import json
 import sys
 import threading
 from pathlib import Path
+from typing import Any
 
 from orchestrator.config import ConfigManager
 from orchestrator.local import LocalEngine
@@ -31,7 +33,7 @@ def main() -> None:
     print(json.dumps({"completed": status["calls"]["completed"], "attempts": status["attempts"]}))
 
 
-def _follow(manager: WorkflowManager, engine: LocalEngine, run: int) -> dict[str, object]:
+def _follow(manager: WorkflowManager, engine: LocalEngine, run: int) -> dict[str, Any]:
     pause = threading.Event()
     while (status := manager.track_progress(run))["status"] in ("pending", "running"):
         engine.poll()

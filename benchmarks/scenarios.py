@@ -4,12 +4,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-Metric = Literal["calls_per_s", "asking_s", "cpu_s_per_1000", "peak_mb"]
+Metric = Literal["calls_per_s", "asking_s", "cpu_s_per_1000", "asking_cpu_s_per_1000", "peak_mb"]
 
 LABELS: Mapping[Metric, str] = {
     "calls_per_s": "calls/s",
     "asking_s": "s, first send to last answer",
     "cpu_s_per_1000": "CPU s per 1,000 calls",
+    "asking_cpu_s_per_1000": "CPU s per 1,000 while asking",
     "peak_mb": "MB (PSS), all processes",
 }
 
