@@ -1,6 +1,7 @@
 """A migrated, empty database for every test, once on SQLite and once on Postgres.
 
-The schema is built once per session and cloned per test: a file copy here, `CREATE DATABASE ... TEMPLATE` there.
+The schema is built once per session. On SQLite every test gets a copy of the file; on Postgres the tests share one
+database, emptied before each of them, because that takes a tenth of the time that a new one takes.
 """
 
 import shutil
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from orchestrator.database import Database
+from orchestrator.database.tables import metadata
 from tests.integration.database.stage import Stage
 from tests.servers import PostgresServer
 
@@ -27,13 +29,13 @@ def sqlite_template(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def postgres_template(postgres_server: PostgresServer) -> Iterator[str]:
-    """Name of a migrated Postgres database that nobody is connected to."""
+def shared_postgres(postgres_server: PostgresServer) -> Iterator[str]:
+    """Address of a migrated Postgres database."""
     name = postgres_server.create()
     database = Database(postgres_server.url(name))
     database.migrate()
     database.close()
-    yield name
+    yield postgres_server.url(name)
     postgres_server.drop(name)
 
 
@@ -51,10 +53,12 @@ def url(kind: str, request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[s
         shutil.copy(request.getfixturevalue("sqlite_template"), path)
         yield f"sqlite:///{path}"
         return
-    server: PostgresServer = request.getfixturevalue("postgres_server")
-    name = server.create(request.getfixturevalue("postgres_template"))
-    yield server.url(name)
-    server.drop(name)
+    address: str = request.getfixturevalue("shared_postgres")
+    database = Database(address)
+    with database.transaction() as connection:
+        connection.exec_driver_sql(f"TRUNCATE {', '.join(metadata.tables)} RESTART IDENTITY")
+    database.close()
+    yield address
 
 
 @pytest.fixture

@@ -108,7 +108,9 @@ def test_an_empty_database_is_outdated(empty_url: str):
     database.close()
 
 
-def test_a_database_of_a_newer_release_is_left_alone(database: Database):
+def test_a_database_of_a_newer_release_is_left_alone(empty_url: str):
+    database = Database(empty_url)
+    database.migrate()
     with database.transaction() as connection:
         connection.execute(text("UPDATE alembic_version SET version_num = 'from-the-future'"))
     assert not database.is_prepared()
@@ -116,6 +118,7 @@ def test_a_database_of_a_newer_release_is_left_alone(database: Database):
         with pytest.raises(SchemaOutdated) as caught:
             attempt()
         assert caught.value.found == "from-the-future"
+    database.close()
 
 
 def test_asking_whether_a_database_is_prepared_creates_no_file(tmp_path: Path):
