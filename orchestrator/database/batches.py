@@ -32,6 +32,7 @@ class Claim:
         token: random 62-bit number of this wish.
         worst_nusd: the worst price of the attempt, nano-USD.
         budget_ids: budgets to hold it against.
+        key: of the answer in the cache; None when this call neither takes answers from there nor leaves any.
     """
 
     call: int
@@ -45,6 +46,7 @@ class Claim:
     budget_ids: tuple[int, ...]
     price_source: str
     held_fence: int | None = None
+    key: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +81,19 @@ class OverBudget:
     spare_nusd: int = field(default=0, compare=False)
 
 
-ClaimAnswer = Claimed | NotMine | OverBudget
+@dataclass(frozen=True, slots=True)
+class AnsweredMeanwhile:
+    """An equal call was answered since the cache was looked at: `result` is what it keeps, JSON text."""
+
+    result: str
+
+
+@dataclass(frozen=True, slots=True)
+class InFlight:
+    """An equal call is being asked at this moment, here or by another worker: its answer will do for this one too."""
+
+
+ClaimAnswer = Claimed | NotMine | OverBudget | AnsweredMeanwhile | InFlight
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +126,8 @@ def claim(connection: Connection, claims: Sequence[Claim]) -> list[ClaimAnswer]:
     rows = runs.lock_calls(connection, (wish.call for wish in claims))
     repeated = _claims_already_made(connection, claims, rows)
     budgets = ledger.lock_budgets(connection, (id_ for wish in claims for id_ in wish.budget_ids))
+    # Behind the lock on the budgets, which serialises claims: nobody else begins an equal flight from here on.
+    equal = _equal_calls(connection, claims)
     taken: dict[int, int] = defaultdict(int)
     answers: list[ClaimAnswer] = []
     granted: list[tuple[Claim, Claimed]] = []
@@ -122,6 +138,8 @@ def claim(connection: Connection, claims: Sequence[Claim]) -> list[ClaimAnswer]:
             answers.append(repeated[wish.token])
         elif row is None or wish.call in claimed or not _may_claim(wish, row):
             answers.append(NotMine())
+        elif wish.held_fence is None and wish.key in equal:
+            answers.append(equal[wish.key])
         elif (refusal := _over_budget(wish, [budgets[id_] for id_ in wish.budget_ids], taken)) is not None:
             answers.append(refusal)
         else:
@@ -130,11 +148,30 @@ def claim(connection: Connection, claims: Sequence[Claim]) -> list[ClaimAnswer]:
             fence = row.fence + 1 if wish.held_fence is None else row.fence
             granted.append((wish, Claimed(fence, row.attempts + 1)))
             claimed.add(wish.call)
+            if wish.key is not None:
+                equal[wish.key] = InFlight()
             answers.append(granted[-1][1])
     ledger.reserve(connection, taken)
-    runs.claim_calls(connection, [(wish.call, grant.fence, wish.worker) for wish, grant in granted])
+    runs.claim_calls(connection, [(wish.call, grant.fence, wish.worker, wish.key) for wish, grant in granted])
     ledger.add_attempts(connection, [_attempt_row(wish, grant) for wish, grant in granted])
     return answers
+
+
+def look(connection: Connection, key: str) -> AnsweredMeanwhile | InFlight | None:
+    """What there is of an equal call now; None when somebody has to ask."""
+    return _equal(connection, [key]).get(key)
+
+
+def _equal_calls(connection: Connection, claims: Sequence[Claim]) -> dict[str | None, AnsweredMeanwhile | InFlight]:
+    keys = sorted({wish.key for wish in claims if wish.key is not None and wish.held_fence is None})
+    return {**_equal(connection, keys)} if keys else {}
+
+
+def _equal(connection: Connection, keys: Sequence[str]) -> dict[str, AnsweredMeanwhile | InFlight]:
+    # In this order: a flight that lands in between is seen twice rather than never.
+    flying: dict[str, AnsweredMeanwhile | InFlight] = {key: InFlight() for key in runs.flights(connection, keys)}
+    kept = cache.find(connection, keys)
+    return flying | {key: AnsweredMeanwhile(result) for key, result in kept.items()}
 
 
 def _may_claim(wish: Claim, row: AnyRow) -> bool:

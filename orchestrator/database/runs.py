@@ -21,6 +21,7 @@ from sqlalchemy import (
     bindparam,
     case,
     func,
+    literal_column,
     null,
     or_,
     select,
@@ -49,6 +50,7 @@ class CallEnd:
     Attributes:
         status: `completed`, `failed` or `skipped` end it; `pending` puts it back; `running` keeps it held.
         result: JSON text of the answer; None unless completed.
+        saved_nusd: what the cached answer had cost when it was paid for.
         next_at_s: seconds from now before it may be claimed again; None for at once. Only with `pending`.
         route: place in the fallback chain, provider and model for the next attempt; None leaves the route.
         reask: the next attempt asks again because the answer was bad.
@@ -60,6 +62,7 @@ class CallEnd:
     error_message: str | None = None
     quality_score: float | None = None
     cached: bool = False
+    saved_nusd: int = 0
     next_at_s: float | None = None
     route: tuple[int, str, str] | None = None
     reask: bool = False
@@ -139,15 +142,21 @@ def lock_calls(connection: Connection, ids: Iterable[int]) -> dict[int, AnyRow]:
     return {row.id: row for row in connection.execute(_LOCK, {"ids": sorted(set(ids))}).all()}
 
 
-def claim_calls(connection: Connection, claims: Sequence[tuple[int, int, str]]) -> None:
+def flights(connection: Connection, keys: Sequence[str]) -> set[str]:
+    """Those of some cache keys for whose answers a call is being asked now."""
+    return set(connection.execute(_FLIGHTS, {"keys": keys}).scalars())
+
+
+def claim_calls(connection: Connection, claims: Sequence[tuple[int, int, str, str | None]]) -> None:
     """Claims locked, pending calls, or counts a further attempt of calls already held.
 
     Args:
         connection: the caller's transaction.
-        claims: (call, new fence, worker); the fence stays as it is when the call is already held.
+        claims: (call, new fence, worker, cache key or None); the fence stays as it is when the call is already held.
     """
     if claims:
-        _claim.execute(connection, _CLAIM, [{"call": c, "to_fence": f, "to_worker": w} for c, f, w in claims])
+        keys = ("call", "to_fence", "to_worker", "to_key")
+        _claim.execute(connection, _CLAIM, [dict(zip(keys, one, strict=True)) for one in claims])
 
 
 def end_calls(connection: Connection, ends: Sequence[tuple[int, CallEnd, CallText | None, int, int, int]]) -> None:
@@ -180,6 +189,7 @@ def _end_values(
         "to_message": end.error_message,
         "to_quality": end.quality_score,
         "to_cached": end.cached,
+        "to_saved": end.saved_nusd,
         "to_prompt": text.rendered_prompt if text else None,
         "to_hash": text.prompt_hash if text else None,
         "to_route": route_index,
@@ -214,7 +224,11 @@ _LOCK = (
     .order_by(_calls.id)
     .with_for_update(of=prompt_executions)
 )
-_claim = Given(call=_calls.id.type, to_fence=Integer(), to_worker=String())
+# The partial index holds calls in flight only, so this costs what there is of them.
+_FLIGHTS = select(_calls.prompt_hash).where(
+    _calls.status == literal_column("'running'"), _calls.prompt_hash.in_(bindparam("keys", expanding=True))
+)
+_claim = Given(call=_calls.id.type, to_fence=Integer(), to_worker=String(), to_key=String())
 _CLAIM = (
     update(prompt_executions)
     .where(_calls.id == _claim.c.call)
@@ -226,6 +240,7 @@ _CLAIM = (
         route_attempts=_calls.route_attempts + 1,
         next_at=None,
         claimed_at=func.coalesce(_calls.claimed_at, NOW),
+        prompt_hash=func.coalesce(_claim.c.to_key, _calls.prompt_hash),
     )
 )
 _outcome = Given(
@@ -236,6 +251,7 @@ _outcome = Given(
     to_message=_calls.error_message.type,
     to_quality=Double(),
     to_cached=Boolean(),
+    to_saved=BigInteger(),
     to_prompt=_calls.rendered_prompt.type,
     to_hash=String(),
     to_route=Integer(),
@@ -259,6 +275,7 @@ _END = (
         error_message=_outcome.c.to_message,
         quality_score=_outcome.c.to_quality,
         cached=_outcome.c.to_cached,
+        saved_nusd=_outcome.c.to_saved,
         rendered_prompt=func.coalesce(_outcome.c.to_prompt, _calls.rendered_prompt),
         prompt_hash=func.coalesce(_outcome.c.to_hash, _calls.prompt_hash),
         route_index=func.coalesce(_outcome.c.to_route, _calls.route_index),
