@@ -20,7 +20,7 @@ from celery import Celery
 from orchestrator import __version__, naming, planning, routing, validation
 from orchestrator.broker import make_app
 from orchestrator.config import ConfigManager
-from orchestrator.database import Database, DatabaseUnavailable, intake, ledger, reports, runs, work
+from orchestrator.database import Connection, Database, DatabaseUnavailable, intake, ledger, reports, runs, work
 from orchestrator.database.runs import OPEN_RUN
 from orchestrator.errors import EnvironmentNotReady, InvalidInput, OrchestratorError, Problem, WorkflowError
 from orchestrator.estimating import Estimate, estimate
@@ -28,6 +28,7 @@ from orchestrator.files import FileManager, PackFiles
 from orchestrator.items import ItemSource, ItemsSummary, iter_items, open_source, scan_items
 from orchestrator.orchestration import WorkflowOrchestrator
 from orchestrator.runspec import Route, RunSpec
+from orchestrator.settings import nusd_of
 from orchestrator.workflow import WORKFLOW_FILE, Workflow, inspect_workflow, parse_usd
 from providers.price_data import price_for
 
@@ -207,6 +208,7 @@ class WorkflowManager:
             started = self._create(plan)
         else:
             run, run_id = self.find_run(resume)
+            self._renew_limits(run)
             self._set_budget(run, plan.budget_nusd)
             orchestrator.manage_state(run, "running", None, sources=("paused",))
             started = StartedRun(run, run_id, resumed=True)
@@ -271,6 +273,7 @@ class WorkflowManager:
             if limit is None:
                 raise InvalidInput(_bad_budget(str(budget_usd)))
             self._set_budget(run, limit)
+        self._renew_limits(run)
         orchestrator = self._orchestrator()
         orchestrator.manage_state(run, "running", None, sources=("paused",))
         orchestrator.republish(run)
@@ -352,6 +355,8 @@ class WorkflowManager:
             shard_size=worker.shard_size,
             lanes=worker.lanes,
             cache_ttl_s=shared.cache_ttl_s if shared.enable_caching else 0,
+            min_output_tokens=shared.min_output_tokens,
+            retry_unknown=shared.retry_unknown,
         )
 
     def _is_simulated(self, routes: Mapping[str, tuple[Route, ...]]) -> bool:
@@ -386,7 +391,7 @@ class WorkflowManager:
             "phase": "items",
         }
         with self._database.transaction() as connection:
-            ledger.set_limit(connection, ledger.GLOBAL_SCOPE, self._settings.global_.cost_limit_nusd)
+            intake.set_limits(connection, self._limits(connection, plan.workflow.name))
             run = intake.create_run(connection, values, plan.budget_nusd)
         return StartedRun(run, run_id, resumed=False)
 
@@ -415,6 +420,23 @@ class WorkflowManager:
     def _set_budget(self, run: int, limit_nusd: int | None) -> None:
         with self._database.transaction() as connection:
             ledger.set_limit(connection, ledger.run_scope(run), limit_nusd)
+
+    def _limits(self, connection: Connection, workflow: str) -> dict[str, int | None]:
+        """The limits that the configuration sets beside those of single runs, by scope."""
+        shared = self._settings.global_
+        total = cast("Decimal | None", self._config.get_workflow_config(workflow).get("total_budget_usd"))
+        providers = self._settings.providers.values()
+        return {
+            ledger.GLOBAL_SCOPE: shared.cost_limit_nusd,
+            ledger.workflow_scope(workflow): nusd_of(total),
+            **{ledger.provider_scope(one.name): one.cost_limit_nusd for one in providers},
+            ledger.day_scope(reports.clock(connection)): shared.daily_cost_limit_nusd,
+        }
+
+    def _renew_limits(self, run: int) -> None:
+        with self._database.transaction() as connection:
+            row = work.run_row(connection, run)
+            intake.set_limits(connection, self._limits(connection, row.workflow_id))
 
     def _orchestrator(self) -> WorkflowOrchestrator:
         return WorkflowOrchestrator(self._database, self._app())

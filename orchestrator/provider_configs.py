@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 from orchestrator.addresses import SERVICE_SCHEMES, address_problems
 from orchestrator.config_layers import Gathered
 from orchestrator.errors import Problem, did_you_mean
+from orchestrator.money import usd_or_none
 from orchestrator.provider_keys import KeysRead, Lookup, looks_like_key, read_keys
-from orchestrator.settings import ConfigDocument, LLMProviderConfig, ProviderSection
+from orchestrator.settings import ConfigDocument, LLMProviderConfig, ProviderSection, nusd_of
 from providers.base import DIALECTS
 from providers.catalog import ProviderEntry, at_address, load_catalog
 from providers.pricing import Price, override_price
@@ -90,6 +91,7 @@ def shown_settings(config: LLMProviderConfig) -> Mapping[str, object]:
         "burst": config.burst,
         "timeout_seconds": config.timeout_s,
         "allow_unpriced": config.allow_unpriced,
+        "cost_limit_usd": usd_or_none(config.cost_limit_nusd),
         "cli_path": config.cli_path,
         "project_path": config.project_path,
     }
@@ -178,6 +180,7 @@ def _complete(
         allow_unpriced=section.allow_unpriced,
         cli_path=section.cli_path,
         project_path=section.project_path,
+        cost_limit_nusd=nusd_of(section.cost_limit_usd),
         options={**options, **{key: value for key, value in programme.items() if value is not None}},
     )
 

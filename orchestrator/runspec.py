@@ -44,6 +44,8 @@ class RunSpec:
         pack_files: text by file name, `workflow.toml` included.
         routes: by step name, the primary route first; only for steps that ask.
         cache_ttl_s: seconds; 0 turns the cache off.
+        min_output_tokens: the cap of an answer never shrinks below it, however little is left of a budget.
+        retry_unknown: calls whose last attempt has an unknown outcome are sent again, unless their step says otherwise.
         steps: names of the steps that are done; None for all that the declaration has.
     """
 
@@ -55,6 +57,8 @@ class RunSpec:
     shard_size: int
     lanes: int
     cache_ttl_s: int
+    min_output_tokens: int = 64
+    retry_unknown: bool = True
     steps: frozenset[str] | None = None
 
     def to_json(self) -> str:
@@ -77,6 +81,8 @@ class RunSpec:
                 "shard_size": self.shard_size,
                 "lanes": self.lanes,
                 "cache_ttl_s": self.cache_ttl_s,
+                "min_output_tokens": self.min_output_tokens,
+                "retry_unknown": self.retry_unknown,
                 "only": None if self.steps is None else sorted(self.steps),
             },
             sort_keys=True,
@@ -104,6 +110,8 @@ class RunSpec:
             shard_size=data["shard_size"],
             lanes=data["lanes"],
             cache_ttl_s=data["cache_ttl_s"],
+            min_output_tokens=data["min_output_tokens"],
+            retry_unknown=data["retry_unknown"],
         )
         return whole if data["only"] is None else whole.only(frozenset(data["only"]))
 

@@ -24,6 +24,11 @@ Text = Annotated[str, Field(min_length=1, max_length=2_000)]
 ProviderName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_-]{0,63}$")]
 
 
+def nusd_of(usd: Decimal | None) -> int | None:
+    """A limit in nano-USD, rounded down; None stays None."""
+    return None if usd is None else int(usd * NUSD_PER_USD)
+
+
 class _Section(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
 
@@ -51,6 +56,8 @@ class ProviderSection(_Section):
     cost_per_1k_tokens: Usd | None = Field(default=None, ge=0)
     cost_per_1k_input_tokens: Usd | None = Field(default=None, ge=0)
     cost_per_1k_output_tokens: Usd | None = Field(default=None, ge=0)
+    cost_limit_usd: Usd | None = Field(default=None, gt=0)
+    """Budget over everything that is asked of this provider; None is no such budget."""
     allow_unpriced: bool = False
     """Send calls although nobody knows the price; they are booked at zero."""
     timeout_seconds: Seconds | None = None
@@ -73,6 +80,12 @@ class GlobalSettings(_Section):
     """Deadline of one call; None leaves it to the provider's row in the catalog."""
     cost_limit_usd: Usd | None = Field(default=None, gt=0)
     """Budget over all runs; None is no such budget."""
+    daily_cost_limit_usd: Usd | None = Field(default=None, gt=0)
+    """Budget of one day, in UTC, over all runs; None is no such budget."""
+    min_output_tokens: int = Field(default=64, ge=1, le=10_000_000)
+    """Near the end of a budget the cap of an answer shrinks to what fits, and never below this many tokens."""
+    retry_unknown: bool = True
+    """Send a call again although nobody knows what became of its last attempt, which may have been paid for."""
     enable_streaming: bool = True
     enable_caching: bool = True
     cache_ttl_s: int = Field(default=604_800, alias="cache_ttl_seconds", ge=0, le=315_360_000)
@@ -80,7 +93,12 @@ class GlobalSettings(_Section):
     @property
     def cost_limit_nusd(self) -> int | None:
         """The budget over all runs in nano-USD, rounded down; None is no such budget."""
-        return None if self.cost_limit_usd is None else int(self.cost_limit_usd * NUSD_PER_USD)
+        return nusd_of(self.cost_limit_usd)
+
+    @property
+    def daily_cost_limit_nusd(self) -> int | None:
+        """The budget of one day in nano-USD, rounded down; None is no such budget."""
+        return nusd_of(self.daily_cost_limit_usd)
 
 
 class WorkerSettings(_Section):
@@ -127,6 +145,9 @@ class WorkflowSection(_Section):
     provider: ProviderName | None = None
     model: Text | None = None
     budget_usd: Usd | None = Field(default=None, gt=0)
+    """Budget of one run."""
+    total_budget_usd: Usd | None = Field(default=None, gt=0)
+    """Budget over all runs of the workflow; None is no such budget."""
     variables: dict[str, object] | None = None
 
 
@@ -160,6 +181,7 @@ class LLMProviderConfig:
         local: Prompts never leave machines that the operator runs.
         price: The operator's own price, which wins over every table; None is to look it up.
         allow_unpriced: Calls without a known price may be sent.
+        cost_limit_nusd: Budget over everything that is asked of it, nano-USD; None is no such budget.
         options: For the dialect: the catalog's, with the operator's on top.
     """
 
@@ -180,6 +202,7 @@ class LLMProviderConfig:
     allow_unpriced: bool
     cli_path: str | None = None
     project_path: str | None = None
+    cost_limit_nusd: int | None = None
     options: Mapping[str, object] = field(default_factory=dict[str, object])
 
     def provider_settings(self, key: ApiKey | None = None) -> ProviderSettings:

@@ -101,10 +101,15 @@ class AnswerSpec(_Strict):
 
 
 class Retry(_Strict):
-    """How often a call may be sent: `attempts` on one route, `reasks` for answers that are not valid."""
+    """How often a call may be sent: `attempts` on one route, `reasks` for answers that are not valid.
+
+    `unknown` tells whether it may be sent again while nobody knows what became of its last attempt; absent is what the
+    installation wants.
+    """
 
     attempts: int = Field(default=4, ge=1, le=20)
     reasks: int = Field(default=1, ge=0, le=5)
+    unknown: bool | None = None
 
 
 class Routing(_Strict):

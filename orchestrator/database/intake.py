@@ -6,7 +6,7 @@ one batch, and its first windows can be worked on while the last items are still
 All functions work inside the caller's transaction.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from sqlalchemy import Connection, func, insert, select, update
@@ -24,6 +24,12 @@ def create_run(connection: Connection, values: dict[str, Any], limit_nusd: int |
     run = connection.execute(statement).scalar_one()
     ledger.set_limit(connection, ledger.run_scope(run), limit_nusd)
     return run
+
+
+def set_limits(connection: Connection, limits: Mapping[str, int | None]) -> None:
+    """Sets what a configuration says of budgets by scope, in nano-USD; those that it does not limit exist as well."""
+    for scope, limit_nusd in limits.items():
+        ledger.configure(connection, scope, limit_nusd)
 
 
 def add_items(connection: Connection, run: int, rows: Sequence[tuple[int, str, str]]) -> None:

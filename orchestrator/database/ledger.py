@@ -144,6 +144,15 @@ def set_limit(connection: Connection, scope: str, limit_nusd: int | None) -> Bud
     return find_budget(connection, scope)
 
 
+def configure(connection: Connection, scope: str, limit_nusd: int | None) -> None:
+    """Sets a limit that a configuration names, once: what an operator sets later stands until it names another one."""
+    budget = ensure_budgets(connection, (scope,))[scope]
+    row = connection.execute(select(budgets.c.configured_nusd).where(budgets.c.id == budget)).one()
+    if row.configured_nusd != limit_nusd:
+        set_limit(connection, scope, limit_nusd)
+        connection.execute(update(budgets).where(budgets.c.id == budget).values(configured_nusd=limit_nusd))
+
+
 def ensure_budgets(connection: Connection, scopes: Sequence[str]) -> dict[str, int]:
     """Ids of budgets by scope; those that do not exist yet begin without a limit, a new day with that of the last one.
 
@@ -151,8 +160,7 @@ def ensure_budgets(connection: Connection, scopes: Sequence[str]) -> dict[str, i
     """
     found = _ids(connection, scopes)
     for scope in (one for one in scopes if one not in found):
-        limit = _latest_day_limit(connection, scope) if scope.startswith(DAY_SCOPES) else None
-        _create(connection, scope, limit)
+        _create(connection, scope, *_limit_to_begin_with(connection, scope))
     return found if len(found) == len(set(scopes)) else _ids(connection, scopes)
 
 
@@ -171,10 +179,11 @@ def warn_once(connection: Connection) -> list[Budget]:
     return [_budget(row) for row in sorted(rows, key=lambda row: row.id)]
 
 
-def _create(connection: Connection, scope: str, limit_nusd: int | None) -> None:
+def _create(connection: Connection, scope: str, limit_nusd: int | None, configured_nusd: int | None = None) -> None:
     dialect = sqlite if connection.dialect.name == "sqlite" else postgresql
+    values = {"scope": scope, "limit_nusd": limit_nusd, "configured_nusd": configured_nusd}
     # Two processes may create the same budget at the same time.
-    connection.execute(dialect.insert(budgets).values(scope=scope, limit_nusd=limit_nusd).on_conflict_do_nothing())
+    connection.execute(dialect.insert(budgets).values(values).on_conflict_do_nothing())
 
 
 def _ids(connection: Connection, scopes: Sequence[str]) -> dict[str, int]:
@@ -182,9 +191,15 @@ def _ids(connection: Connection, scopes: Sequence[str]) -> dict[str, int]:
     return {row.scope: row.id for row in connection.execute(query)}
 
 
-def _latest_day_limit(connection: Connection, before: str) -> int | None:
-    days = select(budgets.c.limit_nusd).where(budgets.c.scope.startswith(DAY_SCOPES), budgets.c.scope < before)
-    return connection.execute(days.order_by(budgets.c.scope.desc()).limit(1)).scalar_one_or_none()
+def _limit_to_begin_with(connection: Connection, scope: str) -> tuple[int | None, int | None]:
+    """A day begins with the configured limit, or else with that of the last day; other budgets without one."""
+    if not scope.startswith(DAY_SCOPES):
+        return None, None
+    days = select(budgets).where(budgets.c.scope.startswith(DAY_SCOPES), budgets.c.scope < scope)
+    last = connection.execute(days.order_by(budgets.c.scope.desc()).limit(1)).one_or_none()
+    if last is None:
+        return None, None
+    return last.limit_nusd if last.configured_nusd is None else last.configured_nusd, last.configured_nusd
 
 
 def find_budget(connection: Connection, scope: str) -> Budget:

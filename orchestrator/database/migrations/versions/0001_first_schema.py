@@ -45,6 +45,12 @@ def upgrade() -> None:
             nullable=True,
             comment="s since epoch of the warning about this limit; NULL if none was given",
         ),
+        sa.Column(
+            "configured_nusd",
+            sa.BigInteger(),
+            nullable=True,
+            comment="nano-USD that a configuration named last; NULL if it named none",
+        ),
         sa.CheckConstraint(
             "limit_nusd IS NULL OR spent_nusd + reserved_nusd <= limit_nusd", name=op.f("ck_budgets_never_overspent")
         ),
