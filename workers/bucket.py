@@ -6,23 +6,22 @@ Redis leaves here as `LimiterUnavailable`. Moments whose names end in `_us` are 
 
 import math
 from collections.abc import Awaitable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import resources
 from typing import Any, Literal, Protocol, TypeVar, cast
 
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
-from workers.limits import Limit, LimiterUnavailable, Pool, PoolLimits
+from workers.limits import LimiterUnavailable, Pool, Sighting
+from workers.terms import Terms
 
-SLOTS_PER_WINDOW = 600
-# Below this a margin would be smaller than the jitter of an ordinary event loop.
-MIN_MARGIN_S = 0.02
-# State must outlive the longest window it describes; two hours also cover the lease of every ordinary call.
-MIN_TTL_S = 7200.0
 CLOCK_SAMPLE_S = 10.0
 
 _Reply = TypeVar("_Reply")
+
+Reach = Sequence[tuple[Pool, Terms]]
+"""All pools that one request draws from, its own first."""
 
 
 class Script(Protocol):
@@ -35,56 +34,51 @@ class Script(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One request as the script sees it."""
+    """One request as the script sees it; `run` and `weight` say whose turn it is when several runs wait."""
 
     permit_id: str
     lease_s: float
     costs: Mapping[str, int]
     horizon_s: float
-
-
-@dataclass(frozen=True, slots=True)
-class Terms:
-    """A pool's limits, worked out once: script arguments, how late a permit may be used, how long state must live."""
-
-    names: tuple[str, ...]
-    units: tuple[int, ...]
-    firm: frozenset[str]
-    concurrency: int
-    args: tuple[str | int, ...]
-    slack_s: float
-    ttl_s: float
+    run: str = ""
+    weight: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """What the asker remembers of a pool; the script compares it with what it finds."""
+    """What the asker remembers of a pool, `days` as the script told them; the script compares it with what it finds."""
 
     incarnation: str = ""
     last_us: int = 0
+    days: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """Reply to one batch: the granted ones in order as (send moment, limiting name or ''), then why the next was not.
+    """Reply to one batch: the granted ones as (place in the batch, send moment, limiting name or ''), and why not all.
 
     `status` is `lost` when the server's state has vanished: nothing was granted, leases must be restored first.
+    `memories` are one per pool, in the order of the pools.
     """
 
     status: Literal["ok", "refused", "lost"]
-    memory: Memory
+    memories: tuple[Memory, ...]
     not_before_us: int
     wait_s: float
     reason: str
-    granted: tuple[tuple[int, str], ...]
+    granted: tuple[tuple[int, int, str], ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Correction:
-    """What a permit really cost; a name left out keeps its estimate, `actual` None gives everything back."""
+    """What a permit really cost; a name left out keeps its estimate, `actual` None gives everything back.
+
+    `seen` is what the provider said about its limits when it answered, by name, each with our own units.
+    """
 
     permit_id: str
     actual: Mapping[str, int] | None
+    seen: Mapping[str, tuple[int, Sighting]] = field(default_factory=dict[str, tuple[int, Sighting]])
 
 
 class Clock:
@@ -114,14 +108,12 @@ class Clock:
 class Bucket:
     """The scripts of one deployment, as typed calls. Nothing here is kept per pool."""
 
-    def __init__(self, redis: Redis, prefix: str, margin: float) -> None:
+    def __init__(self, redis: Redis, prefix: str) -> None:
         self._redis = redis
         self._prefix = prefix
-        self._margin = margin
         self._reserve = self._script("token_bucket.lua")
         self._settle = self._script("token_bucket_settle.lua")
         self._penalise = self._script("token_bucket_penalise.lua")
-        self._terms: dict[PoolLimits, Terms] = {}
         self.clock = Clock()
 
     def _script(self, name: str) -> Script:
@@ -129,75 +121,64 @@ class Bucket:
 
     def keys(self, pool: Pool) -> tuple[str, str, str, str]:
         """State, slots, leases and receipts of a pool; the hash tag keeps them on one node of a cluster."""
-        stem = f"{self._prefix}:limit:{{{pool.key}}}"
+        tag = f"{{{pool.scope}}}:{pool.key}" if pool.scope else f"{{{pool.key}}}"
+        stem = f"{self._prefix}:limit:{tag}"
         return f"{stem}:state", f"{stem}:slots", f"{stem}:leases", f"{stem}:receipts"
 
-    def terms(self, limits: PoolLimits) -> Terms:
-        """Work out what the script needs to know of these limits; remembered per value."""
-        known = self._terms.get(limits)
-        if known is None:
-            known = self._terms[limits] = self._work_out(limits)
-        return known
-
-    def _work_out(self, limits: PoolLimits) -> Terms:
-        dimensions = limits.limits
-        args: list[str | int] = []
-        for limit in dimensions:
-            args += self._dimension(limit)
-        return Terms(
-            names=tuple(limit.name for limit in dimensions),
-            units=tuple(limit.units for limit in dimensions),
-            firm=frozenset(limit.name for limit in dimensions if not limit.refund),
-            concurrency=limits.concurrency or 0,
-            args=tuple(args),
-            # Half of the margin is for the process, the other half for the network.
-            slack_s=min((self._margin_s(limit) / 2 for limit in dimensions), default=math.inf),
-            ttl_s=MIN_TTL_S + 2 * max((limit.window_s for limit in dimensions), default=0.0),
-        )
-
-    def _margin_s(self, limit: Limit) -> float:
-        return max(self._margin * limit.window_s, MIN_MARGIN_S)
-
-    def _dimension(self, limit: Limit) -> tuple[str, int, int, int, int, str]:
-        window_us = math.ceil((limit.window_s + self._margin_s(limit)) * 1e6)
-        slot_us = max(1, math.ceil(window_us / SLOTS_PER_WINDOW))
-        rate = limit.units / (window_us + slot_us)
-        burst = min(limit.burst, limit.units)
-        return f"{limit.name}@{window_us}", limit.units, window_us, slot_us, burst, format(rate, ".17g")
+    def _all_keys(self, pools: Sequence[Pool]) -> list[str]:
+        """Keys as the scripts want them: receipts are kept with a request's own pool only."""
+        keys = list(self.keys(pools[0]))
+        for pool in pools[1:]:
+            keys += self.keys(pool)[:3]
+        return keys
 
     async def reserve(
         self,
-        pool: Pool,
-        terms: Terms,
+        reach: Reach,
         requests: Sequence[Request],
         *,
-        memory: Memory,
+        memories: Sequence[Memory],
         ttl_s: float,
         asker: str,
         starved: bool,
         now: "Now",
     ) -> Answer:
-        """Reserve send moments for requests in order, all dimensions at once; stops at the first that must wait.
+        """Reserve send moments, all dimensions of all pools at once; stops at the first request that must wait.
 
-        Safe to repeat: a permit id that is still live answers with the moment it was given before.
+        Requests of one run are served in order; between runs, the one that had least for its weight comes first. Safe
+        to repeat: a permit id that is still live answers with the moment it was given before.
 
         Raises:
             LimiterUnavailable: Redis did not answer; what was granted is unknown until asked again.
         """
+        weights = {request.run: request.weight for request in requests}
+        places = {run: place for place, run in enumerate(weights, 1)}
         horizon_s = max(request.horizon_s for request in requests)
-        args: list[str | int | float] = [memory.incarnation, memory.last_us, round(horizon_s * 1e6)]
-        args += (terms.concurrency, round(ttl_s * 1000), asker, int(starved), len(terms.names), len(requests))
-        args += terms.args
+        args: list[str | int | float] = [round(horizon_s * 1e6), round(ttl_s * 1000), asker, int(starved)]
+        args += (len(reach), len(weights), len(requests))
+        names: list[str] = []
+        for (_, terms), memory in zip(reach, memories, strict=True):
+            args += (memory.incarnation, memory.last_us, memory.days, terms.concurrency, len(terms.names), *terms.args)
+            names += terms.names
+        for run, weight in weights.items():
+            args += (run, weight)
         for request in requests:
-            args += (request.permit_id, round(request.lease_s * 1e6), round(request.horizon_s * 1e6))
-            args += [int(request.costs.get(name, 0)) for name in terms.names]
+            args += (
+                request.permit_id,
+                places[request.run],
+                round(request.lease_s * 1e6),
+                round(request.horizon_s * 1e6),
+            )
+            args += [request.costs.get(name, 0) for name in names]
         asked_at = now()
-        reply = await _answered(self._reserve(self.keys(pool), args))
+        reply = await _answered(self._reserve(self._all_keys([pool for pool, _ in reach]), args))
         self.clock.learn(asked_at, now(), int(reply[1]))
         return _read_answer(reply)
 
-    async def settle(self, pool: Pool, corrections: Sequence[Correction], ttl_s: float) -> None:
-        """Book what permits really cost and end their leases. Safe to repeat.
+    async def settle(self, pools: Sequence[Pool], corrections: Sequence[Correction], ttl_s: float) -> None:
+        """Book what permits of the first pool really cost, adopt what the provider said, and end the leases.
+
+        Safe to repeat: what is settled already is left alone.
 
         Raises:
             LimiterUnavailable: Redis did not answer.
@@ -208,10 +189,14 @@ class Bucket:
             args += (correction.permit_id, -1 if actual is None else len(actual))
             for name, units in (actual or {}).items():
                 args += (name, units)
-        await _answered(self._settle(self.keys(pool), args))
+            args.append(len(correction.seen))
+            for name, (units, seen) in correction.seen.items():
+                full_us = -1 if seen.full_s is None else round(seen.full_s * 1e6)
+                args += (name, units, _told(seen.limit), _told(seen.remaining), full_us)
+        await _answered(self._settle(self._all_keys(pools), args))
 
-    async def penalise(self, pool: Pool, wait_s: float, ttl_s: float, now: "Now") -> int:
-        """Move the pool's not-before moment and return the one in force.
+    async def penalise(self, pool: Pool, wait_s: float, ttl_s: float, now: "Now") -> tuple[int, float]:
+        """Move the pool's not-before moment; return the one in force, and the share of the limits that is in force.
 
         Raises:
             LimiterUnavailable: Redis did not answer.
@@ -219,7 +204,7 @@ class Bucket:
         asked_at = now()
         reply = await _answered(self._penalise(self.keys(pool)[:1], [round(wait_s * 1e6), round(ttl_s * 1000)]))
         self.clock.learn(asked_at, now(), int(reply[0]))
-        return int(reply[1])
+        return int(reply[1]), float(reply[2])
 
     async def not_before_us(self, pool: Pool) -> int:
         """The not-before moment in force, 0 when there is none.
@@ -280,17 +265,24 @@ def _text(value: str | bytes) -> str:
     return value.decode() if isinstance(value, bytes) else value
 
 
+def _told(value: int | None) -> int:
+    return -1 if value is None else value
+
+
 def _read_answer(reply: Sequence[Any]) -> Answer:
-    granted: list[tuple[int, str]] = []
-    for item in _text(reply[7]).split(";"):
-        at, _, why = item.partition(":")
-        if at:
-            granted.append((int(at), why))
+    granted: list[tuple[int, int, str]] = []
+    for place, item in enumerate(_text(reply[5]).split(";")):
+        if item:
+            at, _, why = item.partition(":")
+            granted.append((place, int(at), why))
+    memories = [
+        Memory(_text(reply[start]), int(reply[start + 1]), _text(reply[start + 2])) for start in range(6, len(reply), 3)
+    ]
     return Answer(
         status=cast("Literal['ok', 'refused', 'lost']", _text(reply[0])),
-        memory=Memory(_text(reply[2]), int(reply[4])),
-        not_before_us=int(reply[3]),
-        wait_s=int(reply[5]) / 1e6,
-        reason=_text(reply[6]),
+        memories=tuple(memories),
+        not_before_us=int(reply[2]),
+        wait_s=int(reply[3]) / 1e6,
+        reason=_text(reply[4]),
         granted=tuple(granted),
     )

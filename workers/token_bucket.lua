@@ -1,92 +1,157 @@
--- Reserve send times for a batch of requests of one pool: all dimensions at once, in order, by virtual scheduling.
+-- Reserve send times for a batch of requests: all dimensions of all their pools at once, by virtual scheduling.
 --
--- Two gates per dimension. Pacing bucket: level `cap`, refilled with `rate` units per microsecond. Sliding window:
--- what was admitted in slot e (q microseconds wide) counts until (e+1)*q + window. Both gates are of the kind "not
--- before some moment", because nothing is ever scheduled after the pool's last grant; so the earliest common send
+-- Two gates per sliding dimension. Pacing bucket: level `cap`, refilled with `rate` units per microsecond. Sliding
+-- window: what was admitted in slot e (q microseconds wide) counts until (e+1)*q + window. A calendar dimension (slot
+-- width 0) counts days of its own offset; near midnight a unit counts for both days. All gates are of the kind "not
+-- before some moment", because nothing is ever scheduled after the last grant of a pool; so the earliest common send
 -- time is simply the latest of them. A request whose time lies beyond the horizon changes nothing.
 --
--- KEYS  state hash, slot hash, lease zset, receipt hash          (one hash tag)
--- ARGV  1 incarnation known, 2 last send time known (us), 3 longest horizon (us), 4 max concurrent (0 = off),
---       5 ttl (ms), 6 asker, 7 starved (0/1), 8 dimensions, 9 requests,
---       dimensions * (id, units, window us, slot us, cap, rate),
---       requests * (permit id, lease us, horizon us, cost per dimension)
--- Reply {status, now, incarnation, not-before, last, wait us, reason, "time:reason;..." of the granted ones}
---       status: ok | refused (the first one not granted) | lost (state vanished: restore your leases, ask again)
+-- Runs share the first pool by start-time fair queueing: `service` is how many seconds of the pool's capacity a run
+-- was given, divided by its weight. The run with the least is served next, and none may be far ahead of a run of another
+-- process that waits. A run that waits no more holds nobody up; one that comes back starts at the virtual time.
+--
+-- KEYS  state hash, slot hash, lease zset, receipt hash; then state, slots, leases of each wider pool (one hash tag)
+-- ARGV  1 longest horizon (us), 2 ttl (ms), 3 asker, 4 starved (0/1), 5 pools, 6 runs, 7 requests,
+--       pools * (incarnation known, last send time known (us), day counts known, max concurrent (0 = off), dimensions,
+--                dimensions * (id, units, window us, slot us, cap, rate)),   calendar: (id, units, day us, 0, offset us, guard us)
+--       runs * (id, weight),
+--       requests * (permit id, number of its run, lease us, horizon us, cost per dimension)
+-- Reply {status, now, not-before, wait us, reason, "time:reason;..." per request (empty = not granted),
+--        then per pool: incarnation, last, day counts}
+--       status: ok | refused (some were not granted) | lost (state vanished: restore your leases, ask again)
 -- Numbers are written with explicit formats: Lua's own tostring keeps 14 digits, a microsecond epoch needs 16.
 local clock = redis.call('TIME')
 local now = tonumber(clock[1]) * 1000000 + tonumber(clock[2])
-local STATE, SLOTS, LEASES, RECEIPTS = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
-local known, known_last, horizon = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3])
-local max_concurrent, ttl, asker, starved = tonumber(ARGV[4]), ARGV[5], ARGV[6], ARGV[7] == '1'
-local ndims, nreqs = tonumber(ARGV[8]), tonumber(ARGV[9])
+local RECEIPTS = KEYS[4]
+local horizon, ttl, asker, starved = tonumber(ARGV[1]), ARGV[2], ARGV[3], ARGV[4] == '1'
+local npools, nruns, nreqs = tonumber(ARGV[5]), tonumber(ARGV[6]), tonumber(ARGV[7])
 local CHUNK = 64
 -- A grant further ahead than any horizon: the server's clock stepped back, the old moments mean nothing any more.
 local CLOCK_STEP = 120000000
+local MINUTE = 60000000
+local RECOVERY = 0.02
+-- How far (seconds of capacity) a run may be ahead of one that waits in another process: the time such a process needs to ask.
+local LEAD = 0.25
 
 local function int(x) return string.format('%.0f', x) end
 
-local head = redis.call('HMGET', STATE, 'inc', 'last', 'nb', 'lost', 'why', 'claim')
-local incarnation, last = head[1], tonumber(head[2] or '0')
-local not_before, why_last = tonumber(head[3] or '0'), head[5] or ''
-if incarnation and last > now + CLOCK_STEP then
-  redis.call('UNLINK', STATE, SLOTS)
-  head, incarnation, last, not_before, known = {}, false, 0, 0, known ~= '' and known or incarnation
+local function share_of_limits(head)
+  local factor = tonumber(head[7] or '1')
+  if factor >= 1 then return 1 end
+  return math.min(1, factor + RECOVERY * math.floor(math.max(0, now - tonumber(head[8] or '0')) / MINUTE))
 end
-if not incarnation then
-  incarnation = int(now)
-  redis.call('HSET', STATE, 'inc', incarnation)
-  redis.call('PEXPIRE', STATE, ttl)
-end
-if known ~= '' and known ~= incarnation then
-  -- Somebody remembers a state that is gone (flush, restart without persistence). What other processes were granted
-  -- lies within the horizon, so the next grant lies beyond it; and pacing starts from empty there, because a full
-  -- bucket would add a second burst to the window that the provider still remembers.
+
+local arg, lost = 8, false
+local pools, dims = {}, {}
+for p = 1, npools do
+  local key = p == 1 and 0 or 4 + (p - 2) * 3
+  local pool = { STATE = KEYS[key + 1], SLOTS = KEYS[key + 2], LEASES = KEYS[key + 3], max = tonumber(ARGV[arg + 3]) }
+  local known, known_last, known_days = ARGV[arg], tonumber(ARGV[arg + 1]), ARGV[arg + 2]
+  local head = redis.call('HMGET', pool.STATE, 'inc', 'last', 'nb', 'lost', 'why', 'claim', 'f', 'f_at', 'runs', 'v')
+  local incarnation, last = head[1], tonumber(head[2] or '0')
+  if incarnation and last > now + CLOCK_STEP then
+    redis.call('UNLINK', pool.STATE, pool.SLOTS)
+    known = known ~= '' and known or incarnation
+    head, incarnation, last = {}, false, 0
+  end
+  if not incarnation then
+    incarnation = int(now)
+    redis.call('HSET', pool.STATE, 'inc', incarnation)
+    redis.call('PEXPIRE', pool.STATE, ttl)
+  end
   last = math.max(last, math.min(known_last, now + horizon))
-  if tonumber(head[4] or '0') == 0 then
-    last = math.max(last, now + horizon)
-    redis.call('HSET', STATE, 'lost', int(last))
-    local fields = redis.call('HGETALL', STATE)
-    for i = 1, #fields, 2 do
-      if string.sub(fields[i], 1, 2) == 'd:' then
-        local level, at, rest = string.match(fields[i + 1], '^(.-)|(.-)|(.*)$')
-        level, at = math.min(0, tonumber(level)), math.max(last, tonumber(at))
-        redis.call('HSET', STATE, fields[i], string.format('%.17g|%.0f|%s', level, at, rest))
+  if known ~= '' and known ~= incarnation then
+    -- Somebody remembers a state that is gone (flush, restart without persistence). What other processes were granted
+    -- lies within the horizon, so the next grant lies beyond it; and pacing starts from empty there, because a full
+    -- bucket would add a second burst to the window that the provider still remembers.
+    lost = true
+    if tonumber(head[4] or '0') == 0 then
+      last = math.max(last, now + horizon)
+      redis.call('HSET', pool.STATE, 'lost', int(last))
+      local fields = redis.call('HGETALL', pool.STATE)
+      for i = 1, #fields, 2 do
+        if string.sub(fields[i], 1, 2) == 'd:' then
+          local level, at, rest = string.match(fields[i + 1], '^(.-)|(.-)|(.*)$')
+          level, at = math.min(0, tonumber(level)), math.max(last, tonumber(at))
+          redis.call('HSET', pool.STATE, fields[i], string.format('%.17g|%.0f|%s', level, at, rest))
+        end
       end
     end
+    for field, units in string.gmatch(known_days, '([^;=]+)=([^;]+);') do
+      local stored = tonumber(redis.call('HGET', pool.SLOTS, field) or '0')
+      redis.call('HSET', pool.SLOTS, field, int(math.max(stored, tonumber(units))))
+      redis.call('PEXPIRE', pool.SLOTS, ttl)
+    end
+    redis.call('HSET', pool.STATE, 'last', int(last))
   end
-  redis.call('HSET', STATE, 'last', int(last))
-  return {'lost', int(now), incarnation, int(not_before), int(last), 0, '', ''}
-end
-last = math.max(last, math.min(known_last, now + horizon))
-
-local expired = redis.call('ZRANGEBYSCORE', LEASES, '-inf', int(now), 'LIMIT', 0, 1000)
-if #expired > 0 then
-  redis.call('ZREM', LEASES, unpack(expired))
-  redis.call('HDEL', RECEIPTS, unpack(expired))
-end
-local in_flight = redis.call('ZCARD', LEASES)
-
-local dims, arg = {}, 10
-for i = 1, ndims do
-  local d = {
-    id = ARGV[arg], units = tonumber(ARGV[arg + 1]), window = tonumber(ARGV[arg + 2]), q = tonumber(ARGV[arg + 3]),
-    cap = tonumber(ARGV[arg + 4]), rate = tonumber(ARGV[arg + 5]), seen = {}, added = {}, evicted = {}
-  }
-  d.name = string.match(d.id, '^[^@]+')
-  local record = redis.call('HGET', STATE, 'd:' .. d.id)
-  if record then
-    local level, at, sum, first, tail = string.match(record, '^(.-)|(.-)|(.-)|(.-)|(.-)|')
-    d.level, d.at, d.sum = math.min(d.cap, tonumber(level)), tonumber(at), tonumber(sum)
-    d.first, d.tail = tonumber(first), tonumber(tail)
-  else
-    local lost = tonumber(head[4] or '0')
-    d.level = lost > 0 and math.min(d.cap, (now - lost) * d.rate) or d.cap
-    d.at, d.sum, d.first = now, 0, math.floor(now / d.q)
-    d.tail = d.first - 1
+  pool.incarnation, pool.last, pool.head, pool.not_before = incarnation, last, head, tonumber(head[3] or '0')
+  local factor = share_of_limits(head)
+  local ndims = tonumber(ARGV[arg + 4])
+  arg = arg + 5
+  for _ = 1, ndims do
+    local d = {
+      id = ARGV[arg], pool = pool, place = p, units = tonumber(ARGV[arg + 1]), window = tonumber(ARGV[arg + 2]),
+      q = tonumber(ARGV[arg + 3]), cap = tonumber(ARGV[arg + 4]), rate = tonumber(ARGV[arg + 5]),
+      seen = {}, added = {}, evicted = {}
+    }
+    d.name = string.match(d.id, '^[^@]+')
+    d.prefix = p .. '/' .. d.id .. ','
+    d.why = p == 1 and d.name or 'shared:' .. d.name
+    if d.q == 0 then
+      d.offset, d.guard, d.worth = d.cap, d.rate, 0
+    else
+      local stored = redis.call('HMGET', pool.STATE, 'd:' .. d.id, 'l:' .. d.name)
+      -- The provider's own smaller limit, and the share of it that the latest refusals leave.
+      local units = math.max(1, math.floor(math.min(d.units, tonumber(stored[2] or d.units)) * factor))
+      if units < d.units then d.cap, d.rate, d.units = math.min(d.cap, units), d.rate * units / d.units, units end
+      if stored[1] then
+        local level, at, sum, first, tail, cap = string.match(stored[1], '^(.-)|(.-)|(.-)|(.-)|(.-)|(.-)|')
+        level, cap = tonumber(level), tonumber(cap)
+        -- A burst that was raised is there at once, in proportion to what was left of the old one.
+        if level > 0 and cap < d.cap then level = level * d.cap / cap end
+        d.level, d.at, d.sum = math.min(d.cap, level), tonumber(at), tonumber(sum)
+        d.first, d.tail = tonumber(first), tonumber(tail)
+      else
+        local since = tonumber(head[4] or '0')
+        d.level = since > 0 and math.min(d.cap, (now - since) * d.rate) or d.cap
+        d.at, d.sum, d.first = now, 0, math.floor(now / d.q)
+        d.tail = d.first - 1
+      end
+      d.loaded, d.stored, d.worth = d.first, d.tail, p == 1 and 1 / d.rate / 1000000 or 0
+    end
+    dims[#dims + 1] = d
+    arg = arg + 6
   end
-  d.loaded, d.stored = d.first, d.tail
-  dims[i] = d
-  arg = arg + 6
+  pools[p] = pool
+end
+
+-- The pools' part of the reply; what this call added to a day is counted.
+local function reply(status, wait, reason, granted)
+  local not_before = 0
+  for _, pool in ipairs(pools) do not_before = math.max(not_before, pool.not_before) end
+  local told = { status, int(now), int(not_before), int(wait), reason, granted }
+  for p, pool in ipairs(pools) do
+    local days = {}
+    for _, d in ipairs(dims) do
+      if d.q == 0 and d.place == p then
+        for e, units in pairs(d.seen) do days[#days + 1] = d.id .. ':' .. int(e) .. '=' .. int(units + (d.added[e] or 0)) .. ';' end
+      end
+    end
+    told[#told + 1] = pool.incarnation
+    told[#told + 1] = int(pool.last)
+    told[#told + 1] = table.concat(days)
+  end
+  return told
+end
+if lost then return reply('lost', 0, '', '') end
+
+for p, pool in ipairs(pools) do
+  local expired = redis.call('ZRANGEBYSCORE', pool.LEASES, '-inf', int(now), 'LIMIT', 0, 1000)
+  if #expired > 0 then
+    redis.call('ZREM', pool.LEASES, unpack(expired))
+    if p == 1 then redis.call('HDEL', RECEIPTS, unpack(expired)) end
+  end
+  pool.in_flight = redis.call('ZCARD', pool.LEASES)
 end
 
 -- Units in slot e, read ahead in chunks; what this very call added is not in Redis yet.
@@ -94,7 +159,7 @@ local function slot(d, e)
   if e >= d.loaded and e <= d.stored then
     local names, first = {}, d.loaded
     for k = first, math.min(e + CHUNK, d.stored) do names[#names + 1] = d.id .. ':' .. int(k) end
-    local values = redis.call('HMGET', SLOTS, unpack(names))
+    local values = redis.call('HMGET', d.pool.SLOTS, unpack(names))
     for k = 1, #names do d.seen[first + k - 1] = tonumber(values[k] or '0') end
     d.loaded = first + #names
   end
@@ -103,8 +168,24 @@ end
 
 local function leaves_at(d, e) return (e + 1) * d.q + d.window end
 
--- The earliest moment from `at` on that both gates of `d` allow.
+local function day(d, e)
+  if not d.seen[e] then d.seen[e] = tonumber(redis.call('HGET', d.pool.SLOTS, d.id .. ':' .. int(e)) or '0') end
+  return d.seen[e] + (d.added[e] or 0)
+end
+
+-- The days for which a unit sent at `at` may count, as the provider's clock may differ from ours by the guard.
+local function days_at(d, at)
+  return math.floor((at + d.offset - d.guard) / d.window), math.floor((at + d.offset + d.guard) / d.window)
+end
+
+-- The earliest moment from `at` on that all gates of `d` allow.
 local function earliest(d, cost, at)
+  if d.q == 0 then
+    local before, after = days_at(d, at)
+    if day(d, before) + cost > d.units then at = math.max(at, (before + 1) * d.window - d.offset + d.guard) end
+    if day(d, after) + cost > d.units then at = math.max(at, (after + 1) * d.window - d.offset + d.guard) end
+    return at
+  end
   local want = math.min(cost, d.cap)
   if d.level < want then at = math.max(at, d.at + math.ceil((want - d.level) / d.rate)) end
   local sum, e = d.sum, d.first
@@ -116,7 +197,19 @@ local function earliest(d, cost, at)
   return at
 end
 
+-- Takes the units and returns the parts of the receipt: pool/dimension, slot, cost, and window sum and level afterwards.
 local function admit(d, cost, at)
+  if d.q == 0 then
+    local before, after = days_at(d, at)
+    local parts = ''
+    for e = before, after do
+      day(d, e)
+      d.added[e] = (d.added[e] or 0) + cost
+      parts = parts .. (e > before and ';' or '') .. d.prefix .. int(e) .. ',' .. int(cost) .. ',0,0'
+    end
+    for back = 2, 4 do d.evicted[back - 1] = d.id .. ':' .. int(before - back) end
+    return parts
+  end
   while d.first <= d.tail and leaves_at(d, d.first) <= at do
     d.sum = d.sum - slot(d, d.first)
     d.evicted[#d.evicted + 1] = d.id .. ':' .. int(d.first)
@@ -129,71 +222,171 @@ local function admit(d, cost, at)
   d.level = math.min(d.cap, d.level + math.max(0, at - d.at) * d.rate) - cost
   d.at, d.sum = math.max(d.at, at), d.sum + cost
   d.added[e] = (d.added[e] or 0) + cost
-  return d.id .. ',' .. int(e) .. ',' .. int(cost)
+  return string.format('%s%.0f,%.0f,%.0f,%.0f', d.prefix, e, cost, d.sum, math.floor(d.level))
 end
 
-local ids, old = {}, {}
-for i = 1, nreqs do ids[i] = ARGV[arg + (i - 1) * (3 + ndims)] end
+-- Runs: those of this batch, and whether others wait elsewhere.
+local head = pools[1].head
+local virtual, shares, mine = tonumber(head[10] or '0'), {}, {}
+for run, service, till, who in string.gmatch(head[9] or '', '([^|;]*)|([^|]*)|([^|]*)|([^;]*);') do
+  shares[run] = { service = tonumber(service), till = tonumber(till), asker = who }
+end
+for i = 1, nruns do
+  local run = shares[ARGV[arg]] or { service = 0, till = 0, asker = '' }
+  if run.till <= now then run.service = math.max(run.service, virtual) end
+  run.weight, run.queue, run.next = tonumber(ARGV[arg + 1]), {}, 1
+  shares[ARGV[arg]], mine[i] = run, run
+  arg = arg + 2
+end
+local floor
+for _, run in pairs(shares) do
+  if not run.queue then
+    -- This process asked for it before and does no more.
+    if run.asker == asker then run.till = 0 end
+    if run.till > now then floor = math.min(floor or run.service, run.service) end
+  end
+end
+
+local ids, old, width = {}, {}, 4 + #dims
+for i = 1, nreqs do
+  local base = arg + (i - 1) * width
+  ids[i] = ARGV[base]
+  local queue = mine[tonumber(ARGV[base + 1])].queue
+  queue[#queue + 1] = i
+end
 if nreqs > 0 then old = redis.call('HMGET', RECEIPTS, unpack(ids)) end
+
+local function next_run()
+  if nruns == 1 then return mine[1].queue[mine[1].next] and mine[1] end
+  local found
+  for _, run in ipairs(mine) do
+    if run.queue[run.next] and (not found or run.service < found.service) then found = run end
+  end
+  return found
+end
+
+-- How far ahead of a waiting run a request may be sent that takes so many seconds of the first pool's capacity.
+local function lead_of(seconds)
+  local max = pools[1].max
+  if max == 0 then return LEAD end
+  return math.min(LEAD, 0.99 * seconds * math.max(1, max / 4))
+end
 
 local owner, owner_until, owner_at, owner_why = string.match(head[6] or '', '^(.-)|(.-)|(.-)|(.*)$')
 local foreign = owner and owner ~= asker and tonumber(owner_until) > now
 local status, wait, reason = 'ok', 0, ''
-local granted, receipts, leases = {}, {}, {}
-for i = 1, nreqs do
-  local base = arg + (i - 1) * (3 + ndims)
+local granted, receipts, leases, costs = {}, {}, {}, {}
+for i = 1, nreqs do granted[i] = '' end
+-- All pools of a request share its send time, so after the first grant their last ones are the same.
+local last, why_last, not_before, room = 0, '', 0, math.huge
+for _, pool in ipairs(pools) do
+  if pool.last > last then last, why_last = pool.last, pool.head[5] or '' end
+  not_before = math.max(not_before, pool.not_before)
+  if pool.max > 0 then room = math.min(room, pool.max - pool.in_flight) end
+end
+local idle_s = pools[1].max > 0 and 1 / pools[1].max or 0.001
+local run = next_run()
+while run do
+  local i = run.queue[run.next]
+  local base = arg + (i - 1) * width
   if old[i] then
     local at, why = string.match(old[i], '^(.-);(.-);')
-    granted[#granted + 1] = at .. ':' .. why
+    granted[i] = at .. ':' .. why
   else
-    if max_concurrent > 0 and in_flight >= max_concurrent then
+    if room <= 0 then
       status, reason = 'refused', 'concurrency'
       break
     end
-    local at, why = now, ''
+    local at, why, seconds = now, '', 0
     if not_before > at then at, why = not_before, 'not_before' end
     if last > at then at, why = last, why_last end
-    for k = 1, ndims do
-      local t = earliest(dims[k], tonumber(ARGV[base + 2 + k]), at)
-      if t > at then at, why = t, dims[k].name end
+    for k = 1, #dims do
+      local d, cost = dims[k], tonumber(ARGV[base + 3 + k])
+      costs[k] = cost
+      local t = earliest(d, cost, at)
+      if t > at then at, why = t, d.why end
+      if d.worth > 0 then seconds = math.max(seconds, cost * d.worth) end
     end
-    if foreign or at > now + tonumber(ARGV[base + 2]) then
+    if seconds == 0 then seconds = idle_s end
+    if floor and run.service > floor + lead_of(seconds) then
+      status, reason = 'refused', 'share'
+      break
+    end
+    if foreign or at > now + tonumber(ARGV[base + 3]) then
       status, wait, reason = 'refused', at - now, why
       if foreign then
         wait, reason = math.max(wait, tonumber(owner_at) - now), owner_why
       elseif starved then
         -- Smaller requests of other processes would keep this one out for ever: the pool waits for it now.
-        redis.call('HSET', STATE, 'claim', asker .. '|' .. int(now + 1500000) .. '|' .. int(at) .. '|' .. why)
-        redis.call('PEXPIRE', STATE, ttl)
+        redis.call('HSET', pools[1].STATE, 'claim', asker .. '|' .. int(now + 1500000) .. '|' .. int(at) .. '|' .. why)
+        redis.call('PEXPIRE', pools[1].STATE, ttl)
       end
       break
     end
-    local parts = {int(at), why}
-    for k = 1, ndims do parts[2 + k] = admit(dims[k], tonumber(ARGV[base + 2 + k]), at) end
-    last, why_last, in_flight = at, why, in_flight + 1
-    granted[#granted + 1] = int(at) .. ':' .. why
+    local parts = { int(at), why }
+    for k = 1, #dims do parts[2 + k] = admit(dims[k], costs[k], at) end
+    last, why_last, room = at, why, room - 1
+    virtual = math.max(virtual, math.min(run.service, floor or run.service))
+    run.service = run.service + seconds / run.weight
+    granted[i] = parts[1] .. ':' .. why
     receipts[#receipts + 1] = ids[i]
     receipts[#receipts + 1] = table.concat(parts, ';') .. ';'
-    leases[#leases + 1] = int(at + tonumber(ARGV[base + 1]))
+    leases[#leases + 1] = int(at + tonumber(ARGV[base + 2]))
     leases[#leases + 1] = ids[i]
   end
+  run.next = run.next + 1
+  run = next_run()
+end
+
+-- Who still waits keeps others back until it should have asked again.
+local patience = now + 400000 + math.max(0, math.min(1000000, wait - 0.6 * horizon))
+local waiting = {}
+for _, one in ipairs(mine) do
+  if one.queue[one.next] then
+    one.till, one.asker = patience, asker
+  elseif one.asker == asker then
+    one.till = 0
+  end
+end
+for id, one in pairs(shares) do
+  -- What is behind the virtual time starts there anyway.
+  if one.till > now or one.service > virtual then
+    waiting[#waiting + 1] = string.format('%s|%.12g|%.0f|%s;', id, one.service, one.till, one.asker)
+  end
+end
+local fields = { 'runs', table.concat(waiting), 'v', string.format('%.12g', virtual) }
+if #receipts == 0 and fields[2] ~= (head[9] or '') then
+  redis.call('HSET', pools[1].STATE, unpack(fields))
+  redis.call('PEXPIRE', pools[1].STATE, ttl)
 end
 
 if #receipts > 0 then
-  local fields = {'last', int(last), 'why', why_last}
-  for _, d in ipairs(dims) do
-    fields[#fields + 1] = 'd:' .. d.id
-    fields[#fields + 1] = string.format('%.17g|%.0f|%.0f|%.0f|%.0f|%.17g|%.17g', d.level, d.at, d.sum, d.first, d.tail,
-      d.cap, d.rate)
-    for from = 1, #d.evicted, 1000 do
-      redis.call('HDEL', SLOTS, unpack(d.evicted, from, math.min(from + 999, #d.evicted)))
+  for p, pool in ipairs(pools) do
+    if p > 1 then fields = {} end
+    fields[#fields + 1] = 'last'
+    fields[#fields + 1] = int(last)
+    fields[#fields + 1] = 'why'
+    fields[#fields + 1] = why_last
+    pool.last = last
+    for _, d in ipairs(dims) do
+      if d.place == p then
+        if d.q > 0 then
+          fields[#fields + 1] = 'd:' .. d.id
+          fields[#fields + 1] = string.format('%.17g|%.0f|%.0f|%.0f|%.0f|%.17g|%.17g', d.level, d.at, d.sum, d.first,
+            d.tail, d.cap, d.rate)
+        end
+        for from = 1, #d.evicted, 1000 do
+          redis.call('HDEL', pool.SLOTS, unpack(d.evicted, from, math.min(from + 999, #d.evicted)))
+        end
+        for e, units in pairs(d.added) do redis.call('HINCRBY', pool.SLOTS, d.id .. ':' .. int(e), int(units)) end
+      end
     end
-    for e, units in pairs(d.added) do redis.call('HINCRBY', SLOTS, d.id .. ':' .. int(e), int(units)) end
+    redis.call('HSET', pool.STATE, unpack(fields))
+    redis.call('ZADD', pool.LEASES, unpack(leases))
+    for _, key in ipairs({ pool.STATE, pool.SLOTS, pool.LEASES }) do redis.call('PEXPIRE', key, ttl) end
   end
-  redis.call('HSET', STATE, unpack(fields))
-  redis.call('ZADD', LEASES, unpack(leases))
   redis.call('HSET', RECEIPTS, unpack(receipts))
-  if owner == asker then redis.call('HDEL', STATE, 'claim') end
-  for k = 1, 4 do redis.call('PEXPIRE', KEYS[k], ttl) end
+  redis.call('PEXPIRE', RECEIPTS, ttl)
+  if owner == asker then redis.call('HDEL', pools[1].STATE, 'claim') end
 end
-return {status, int(now), incarnation, int(not_before), int(last), int(wait), reason, table.concat(granted, ';')}
+return reply(status, wait, reason, table.concat(granted, ';'))

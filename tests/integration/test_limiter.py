@@ -266,9 +266,9 @@ def test_a_settlement_that_arrives_twice_counts_once(valkey):
             for name in ("a", "b"):
                 await granted(found, allowed, name, costs={"tpm": 500})
             client = Redis.from_url(valkey.url)
-            bucket = Bucket(client, "test", 0.01)
+            bucket = Bucket(client, "test")
             for _ in range(3):
-                await bucket.settle(POOL, [Correction("a", None)], 7200.0)
+                await bucket.settle([POOL], [Correction("a", None)], 7200.0)
             await client.aclose()
             return await ask(found, allowed, "c", costs={"tpm": 501}, max_wait_s=0)
 
