@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
-from typing import TYPE_CHECKING, Protocol, cast
+from typing import TYPE_CHECKING, Protocol, cast, runtime_checkable
 
 from pydantic import SecretStr
 
@@ -68,6 +68,27 @@ class Provider(Protocol):
 
     async def aclose(self) -> None:
         """Close connections. Safe to repeat; the object is of no use afterwards."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class NotSupported:
+    """The service keeps no exchanges, or was not asked to keep them: it cannot say what became of an attempt."""
+
+
+@runtime_checkable
+class LooksUp(Protocol):
+    """A provider whose service may tell afterwards what became of an attempt."""
+
+    async def look_up(self, attempt_id: str, timeout_s: float) -> ChatReply | NotSupported | None:
+        """Find the answer to an attempt by the id it was sent with. Costs nothing, safe to repeat.
+
+        Returns:
+            The answer; None when the service knows none (yet), which does not prove that there was none.
+
+        Raises:
+            ProviderError: The service could not be asked.
+        """
         ...
 
 

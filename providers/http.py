@@ -1,4 +1,4 @@
-"""The only home of httpx: sends one POST within one deadline and translates what can go wrong.
+"""The only home of httpx: sends one request within one deadline and translates what can go wrong.
 
 The transport is aiohttp's behind httpx's interface. We call the transport itself rather than an `httpx.AsyncClient`:
 measured on one core with 200 connections, a call costs 0.33 ms through the client and 0.16 ms through the transport
@@ -123,11 +123,30 @@ class Endpoint:
             ConnectionFailed: No connection (`sent` is False), or it broke (`sent` is True).
             MalformedReply: The body is too large or cannot be decoded.
         """
+        request = self._request("POST", self._url, timeout_s, body)
+        if attempt_id:
+            request.headers["x-attempt-id"] = attempt_id
+        return await self._send(request, timeout_s)
+
+    async def get(self, parameters: Mapping[str, str], timeout_s: float) -> HttpReply:
+        """Ask the address once with query parameters; otherwise as `post`."""
+        return await self._send(self._request("GET", self._url.copy_merge_params(parameters), timeout_s), timeout_s)
+
+    def _request(self, method: str, url: httpx.URL, timeout_s: float, body: bytes | None = None) -> httpx.Request:
+        # Slightly below the deadline: "could not connect" is worth more to the ledger than "timed out".
+        connect_s = min(CONNECT_TIMEOUT_S, timeout_s * 0.9)
+        extensions = {"timeout": {"connect": connect_s, "pool": connect_s, "read": None}}
+        request = httpx.Request(method, url, headers=self._headers, content=body, extensions=extensions)
+        # Spares httpx guessing the encoding once per header and request.
+        request.headers.encoding = "utf-8"
+        return request
+
+    async def _send(self, request: httpx.Request, timeout_s: float) -> HttpReply:
         # Errors are raised after the `except` blocks, so that they hold no reference to a request with the key.
         failure: ProviderError
         try:
             async with asyncio.timeout(timeout_s):
-                return await self._exchange(body, timeout_s, attempt_id)
+                return await self._exchange(request)
         except TimeoutError:
             failure = TimedOut(self._provider, f"no complete reply within {timeout_s:g} s")
         except httpx.HTTPError as error:
@@ -136,15 +155,7 @@ class Endpoint:
             failure = self._connection_failure(error)
         raise failure
 
-    async def _exchange(self, body: bytes, timeout_s: float, attempt_id: str) -> HttpReply:
-        # Slightly below the deadline: "could not connect" is worth more to the ledger than "timed out".
-        connect_s = min(CONNECT_TIMEOUT_S, timeout_s * 0.9)
-        extensions = {"timeout": {"connect": connect_s, "pool": connect_s, "read": None}}
-        request = httpx.Request("POST", self._url, headers=self._headers, content=body, extensions=extensions)
-        # Spares httpx guessing the encoding once per header and request.
-        request.headers.encoding = "utf-8"
-        if attempt_id:
-            request.headers["x-attempt-id"] = attempt_id
+    async def _exchange(self, request: httpx.Request) -> HttpReply:
         response = await self._transport.handle_async_request(request)
         try:
             answered = {k.decode("ascii", "replace").lower(): v.decode("latin-1") for k, v in response.headers.raw}

@@ -15,7 +15,7 @@ from typing import Any, Literal, cast
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from providers.base import ClientFactory, ProviderSettings
+from providers.base import ClientFactory, NotSupported, ProviderSettings
 from providers.catalog import ModelEntry, Sampling, at_address, find_model, find_provider
 from providers.errors import MalformedReply, Unavailable
 from providers.headers import rate_limit_hint
@@ -43,6 +43,8 @@ _NOT_STRICT = {
     "unevaluatedProperties", "uniqueItems",
 }  # fmt: skip
 _MAX_REMEMBERED_SCHEMAS = 64
+_ATTEMPT = "attempt"
+"""Name of the attempt id in the metadata of a stored completion."""
 _MAX_COUNT = 10**12
 
 
@@ -56,7 +58,8 @@ class OpenAIOptions(BaseModel):
         json_mode: How a schema is asked for. All but `json_schema` write the schema into the prompt.
         sampling: Whether temperature may be sent to models that the catalog does not know.
         send_seed: Whether the server accepts `seed`.
-        store: Whether the vendor may keep the exchange; None sends nothing.
+        store: Whether the vendor may keep the exchange; None sends nothing. With true, attempts of unknown outcome
+            can be looked up.
         reasoning_effort: Passed on; None leaves the model's default.
         extra_headers: Added to every request.
         extra_body: Added to every body; fields that we set ourselves win.
@@ -111,6 +114,26 @@ class OpenAIProvider:
             raise error_of(self._name, reply.status, reply.headers, reply.body, self._secret())
         return self._read(request, reply)
 
+    async def look_up(self, attempt_id: str, timeout_s: float) -> ChatReply | NotSupported | None:
+        """Find a stored completion by the attempt id in its metadata; see `LooksUp.look_up`.
+
+        `NotSupported` unless the option `store` is true, or when the server has no such listing.
+        """
+        if not self._options.store:
+            return NotSupported()
+        reply = await self._endpoint.get({f"metadata[{_ATTEMPT}]": attempt_id, "limit": "1"}, timeout_s)
+        if reply.status in {404, 405}:
+            return NotSupported()
+        if reply.status != 200:
+            raise error_of(self._name, reply.status, reply.headers, reply.body, self._secret())
+        rows = self._decoded(reply).get("data")
+        for row in cast("list[object]", rows) if isinstance(rows, list) else []:
+            body = cast("Mapping[str, Any]", row) if isinstance(row, dict) else {}
+            # A server that does not know the filter lists anything.
+            if (body.get("metadata") or {}).get(_ATTEMPT) == attempt_id:
+                return _stored_reply(body)
+        return None
+
     async def aclose(self) -> None:
         """Close connections. Safe to repeat."""
         await self._client.aclose()
@@ -132,6 +155,11 @@ class OpenAIProvider:
             payload["reasoning_effort"] = options.reasoning_effort
         if options.store is not None:
             payload["store"] = options.store
+        if options.store and request.attempt_id:
+            payload["metadata"] = {
+                **cast("Mapping[str, str]", payload.get("metadata", {})),
+                _ATTEMPT: request.attempt_id,
+            }
         mode = (model and model.json_mode) or options.json_mode
         messages = request.messages
         if request.answer_schema is not None:
@@ -325,6 +353,22 @@ def _nusd(usd: object) -> int | None:
     except InvalidOperation:
         return None
     return round(amount * NUSD_PER_USD) if amount.is_finite() and 0 <= amount < 1_000_000 else None
+
+
+def _stored_reply(body: Mapping[str, Any]) -> ChatReply:
+    choices = body.get("choices")
+    first: Any = choices[0] if isinstance(choices, list) and choices else {}
+    choice = cast("Mapping[str, Any]", first) if isinstance(first, dict) else {}
+    message: Any = choice.get("message")
+    model, name = body.get("model"), body.get("id")
+    return ChatReply(
+        text=(_text_of(cast("dict[str, Any]", message).get("content")) if isinstance(message, dict) else None) or "",
+        finish_reason=_FINISH_REASONS.get(str(choice.get("finish_reason")), "stop"),
+        usage=_usage_of(body.get("usage")),
+        model=model if isinstance(model, str) else "",
+        request_id=name if isinstance(name, str) else None,
+        cost_nusd=_cost_of(body.get("usage"), {}),
+    )
 
 
 def _request_id(reply: HttpReply, body: Mapping[str, Any]) -> str | None:

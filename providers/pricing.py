@@ -8,6 +8,7 @@ of `price_data.py`. Money is integer nano-USD (1 USD = 10**9). Prices are nano-U
 from __future__ import annotations
 
 import json
+from bisect import bisect_right
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from decimal import ROUND_CEILING, Decimal
@@ -122,6 +123,11 @@ def worst_nusd(price: Price, input_upper: int, output_cap: int) -> int:
     """
     tiers = [price.at(0), *(tier for tier in price.tiers if input_upper > tier.above_tokens)]
     return max(-(-_worst_total(tier, input_upper, output_cap) // TOKENS_PER_PRICE) for tier in tiers)
+
+
+def affordable_cap(price: Price, input_upper: int, money_nusd: int, most: int) -> int:
+    """Return the largest output cap, up to `most`, whose worst price `money_nusd` pays for; 0 when there is none."""
+    return bisect_right(range(1, most + 1), money_nusd, key=lambda cap: worst_nusd(price, input_upper, cap))
 
 
 def override_price(options: Mapping[str, Decimal | None], source: str = "override") -> Price | None:

@@ -73,6 +73,8 @@ class Connection(asyncio.Protocol):
         match method, path:
             case b"POST", b"/v1/chat/completions":
                 self._chat(head, body)
+            case b"GET", _ if path.startswith(b"/v1/chat/completions?"):
+                self._write(200, "", self._provider.stored_page(path.decode()))
             case b"GET", b"/v1/models":
                 names = sorted(filter(None, self._provider.options.models.split(","))) or ["fake-model"]
                 rows = [{"id": name, "object": "model", "created": 1, "owned_by": "fake"} for name in names]
@@ -140,6 +142,7 @@ class Connection(asyncio.Protocol):
         """Send an answer that the service counts as made, whole or spoiled on its way."""
         output_tokens, payload = completion(exchange)
         fault = exchange.fault
+        self._provider.keep(exchange, payload)
         self._provider.book_answered(exchange, 0 if fault in {"reset_after", "truncated"} else 200, output_tokens, True)
         match fault:
             case "not_json":

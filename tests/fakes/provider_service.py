@@ -14,6 +14,7 @@ import zlib
 from collections import Counter, deque
 from dataclasses import dataclass, field, replace
 from typing import Any
+from urllib.parse import parse_qs, urlsplit
 
 from tests.fakes.provider_answers import content_for
 from tests.fakes.provider_limits import Limiter, LimiterKind, build_limiter
@@ -82,6 +83,7 @@ class FakeProvider:
 
     def __init__(self, options: ServerOptions) -> None:
         self.script: deque[str | dict[str, Any]] = deque()
+        self.stored: dict[str, dict[str, Any]] = {}
         self.counts: Counter[str] = Counter()
         self.in_flight = self.most_in_flight = self.number = 0
         self._fd = os.open(options.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600) if options.log else -1
@@ -130,6 +132,18 @@ class FakeProvider:
                 f'"billed":{"true" if billed else "false"}}}\n'
             )
             os.write(self._fd, line.encode())
+
+    def keep(self, exchange: Exchange, payload: bytes) -> None:
+        """Store a completion whose request asked for it."""
+        attempt = (exchange.body.get("metadata") or {}).get("attempt")
+        if exchange.body.get("store") and attempt:
+            self.stored[attempt] = json.loads(payload) | {"metadata": exchange.body["metadata"]}
+
+    def stored_page(self, path: str) -> bytes:
+        """List the stored completions whose metadata a query asks for."""
+        asked = parse_qs(urlsplit(path).query).get("metadata[attempt]", [""])[0]
+        rows = [self.stored[asked]] if asked in self.stored else []
+        return json.dumps({"object": "list", "data": rows, "has_more": False}).encode()
 
     def latency_s(self, exchange: Exchange) -> float:
         """Return how long the answer takes."""
