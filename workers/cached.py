@@ -3,6 +3,8 @@
 import json
 from dataclasses import dataclass
 
+from orchestrator.database.runs import CallEnd
+
 
 @dataclass(frozen=True, slots=True)
 class CachedAnswer:
@@ -35,3 +37,9 @@ class CachedAnswer:
     def from_json(cls, text: str) -> "CachedAnswer":
         """Reads what `to_json` wrote."""
         return cls(**json.loads(text))
+
+    def end(self) -> CallEnd:
+        """How a call ends that takes this answer."""
+        return CallEnd(
+            "completed", result=self.answer, quality_score=self.quality, cached=True, saved_nusd=self.cost_nusd
+        )

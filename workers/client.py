@@ -30,6 +30,7 @@ from providers.pricing import cost_nusd, worst_nusd
 from providers.tokens import estimate_messages, estimate_tokens, upper_bound
 from workers import retry
 from workers.cached import CachedAnswer
+from workers.flights import Flights
 from workers.limiter import Limiter
 from workers.limits import LimiterUnavailable, Permit, Pool, PoolLimits, Refused
 from workers.prepared import PreparedRun, Prompt, StepKit, cache_key
@@ -46,6 +47,8 @@ CLAIM_AHEAD_S = 0.08
 """A claim is committed this long before the send time: a commit takes about 20 ms, more when the machine is busy."""
 LIMITER_AWAY_S = 1.0
 BUDGET_WAIT_S = 0.1
+FLIGHT_WAIT_S = (0.2, 2.0)
+"""First and longest pause between two looks at an equal call that another worker is asking."""
 INPUT_MARGIN = 1.1
 MAX_KEPT_RESPONSE = 20_000
 MAX_REASK_CHARS = 4_000
@@ -58,12 +61,14 @@ class Gate:
     Attributes:
         account: fingerprint of the key, or a fixed word: providers count limits by account.
         slots: calls of this process that may be at the provider at the same time.
+        paused: nothing may be sent until somebody changes the limits again.
     """
 
     provider: Provider
     account: str
     limits: PoolLimits
     slots: asyncio.Semaphore
+    paused: bool = False
 
     def pool(self, model: str) -> Pool:
         """The bucket that calls of a model draw from."""
@@ -145,6 +150,8 @@ class LLMClient:
         self._has_lease = has_lease
         self._lease_s = lease_s
         self._waits = Waits()
+        self._waits_to_send = Waits()
+        self._flights = Flights()
         self.at_work: Counter[int] = Counter()
         self.in_flight = 0
         self.waiting_for_permits = 0
@@ -157,11 +164,47 @@ class LLMClient:
         # A call may be here twice, when its message came twice.
         self.at_work[job.call.id] += 1
         try:
-            await self._send_until_ended(job)
+            await self._fly(job)
         finally:
             self.at_work[job.call.id] -= 1
             if not self.at_work[job.call.id]:
                 del self.at_work[job.call.id]
+
+    async def _fly(self, job: Job) -> None:
+        """Asks, or waits for the answer of an equal call of this process."""
+        key = _key(job) if _shares(job) else None
+        while key is not None and self._flights.is_open(key):
+            result = await self._waits.until(job.run.number, self._flights.landed(key))
+            if result is not None:
+                await self._take_answer(job, key, result)
+                return
+            if not self._may_go_on(job.run.number):
+                return
+        if key is None:
+            await self._send_until_ended(job)
+            return
+        with self._flights.leading(key):
+            await self._send_until_ended(job)
+
+    async def _take_answer(self, job: Job, key: str, result: str) -> None:
+        kept = CachedAnswer.from_json(result)
+        await self._writer.close(batches.Closing(job.call.id, kept.end(), CallText(job.prompt.text, key)))
+
+    async def _await_flight(self, job: Job, key: str) -> bool:
+        """Waits while another worker asks an equal call; True when this one took its answer."""
+        pause_s, longest_s = FLIGHT_WAIT_S
+        while self._may_go_on(job.run.number):
+            await self._waits.until(job.run.number, asyncio.sleep(pause_s * random.uniform(0.8, 1.2)))
+            match await self._writer.look(key):
+                case batches.AnsweredMeanwhile(result):
+                    self._flights.land(key, result)
+                    await self._take_answer(job, key, result)
+                    return True
+                case batches.InFlight():
+                    pause_s = min(longest_s, pause_s * 1.5)
+                case _:
+                    return False
+        return False
 
     async def _send_until_ended(self, job: Job) -> None:
         asking: _Asking | None = _Asking(job.call.route_index, job.call.route_attempts, job.call.reasks)
@@ -172,8 +215,17 @@ class LLMClient:
             await self._release(job, asking, CallEnd("pending", next_at_s=asking.wait_s))
 
     def end_waits(self, run: int | None = None) -> None:
-        """Ends what calls of a run, or of all runs, wait for before they are sent: they look whether to go on."""
+        """Ends what calls of a run, or of all runs, wait for: they look whether to go on."""
         self._waits.end(run)
+        self._waits_to_send.end(run)
+
+    def limits_changed(self) -> None:
+        """Lets calls that have a permit, or wait for one, ask for another by the limits of now."""
+        self._waits_to_send.end()
+
+    def accepts(self, provider: str) -> bool:
+        """Whether anything may be sent to a provider now."""
+        return not self._gates[provider].paused
 
     def select_provider(self, job: Job, index: int) -> Route:
         """The route at a place of the fallback chain; the last one if the chain is shorter."""
@@ -235,21 +287,33 @@ class LLMClient:
     async def _attempt(self, job: Job, asking: _Asking) -> _Asking | None:
         route = self.select_provider(job, asking.route_index)
         gate = self._gates[route.provider]
+        if gate.paused:
+            # For another round: nobody waits in a shard for somebody who may come tomorrow.
+            await self._release(job, asking, CallEnd("pending", next_at_s=asking.wait_s))
+            return None
         request = _request(job, route, asking)
         async with gate.slots:
             sent = await self._send(job, asking, gate, route, request)
-        if isinstance(sent, _Sent):
-            return await self._conclude(job, asking, sent)
-        return sent
+        match sent:
+            case _Sent():
+                return await self._conclude(job, asking, sent)
+            case batches.AnsweredMeanwhile(result):
+                self._flights.land(_key(job), result)
+                await self._take_answer(job, _key(job), result)
+                return None
+            case batches.InFlight():
+                return None if await self._await_flight(job, _key(job)) else asking
+            case _:
+                return sent
 
     async def _send(
         self, job: Job, asking: _Asking, gate: Gate, route: Route, request: ChatRequest
-    ) -> "_Sent | _Asking | None":
+    ) -> "_Sent | _Asking | batches.AnsweredMeanwhile | batches.InFlight | None":
         run = job.run.number
         tokens = round(_input_tokens(job, asking) * INPUT_MARGIN) + request.max_output_tokens
         self.waiting_for_permits += 1
         try:
-            permit = await self._waits.until(run, self.handle_rate_limits(job, gate, route, tokens))
+            permit = await self._waits_to_send.until(run, self.handle_rate_limits(job, gate, route, tokens))
         finally:
             self.waiting_for_permits -= 1
         if permit is None:
@@ -257,15 +321,17 @@ class LLMClient:
         if isinstance(permit, Refused):
             await self._put_off(job, asking, permit)
             return None
-        await self._waits.until(run, _sleep_until(permit.send_at - CLAIM_AHEAD_S))
+        await self._waits_to_send.until(run, _sleep_until(permit.send_at - CLAIM_AHEAD_S))
         await self._waits.until(run, self._has_lease())
-        if not self._may_go_on(run):
+        if not self._may_go_on(run) or self._gates[route.provider] is not gate:
             self._limiter.release_unsent(permit)
             return asking
         worst = _worst(job, asking, route, request)
         grant = await self._writer.claim(self._claim(job, asking, route, worst))
         if not isinstance(grant, batches.Claimed):
             self._limiter.release_unsent(permit)
+            if isinstance(grant, batches.AnsweredMeanwhile | batches.InFlight):
+                return grant
             return await self._not_claimed(job, asking, grant)
         while not await self._is_due(permit):
             # The provider asked for a pause after the permit was given. The attempt is on record and may wait.
@@ -335,6 +401,7 @@ class LLMClient:
             budget_ids=job.run.budget_ids,
             price_source="none" if route.price is None else route.price.source,
             held_fence=asking.fence,
+            key=_key(job) if _shares(job) else None,
         )
 
     async def _not_claimed(
@@ -395,8 +462,10 @@ class LLMClient:
             bad = replace(booked, status=status, error_code=status, error_message=str(error), response=kept)
             return await self._after_bad_answer(job, asking, sent, bad, reply)
         end = CallEnd("completed", result=answer.to_json(), quality_score=answer.quality)
-        keep = _cache_entry(job, asking, sent, answer, cost, reply)
-        await self._writer.settle(self._settlement(job, sent.grant, booked, end, _text(job, asking), keep))
+        keep = _cache_entry(job, sent, answer, cost, reply)
+        is_stored = await self._writer.settle(self._settlement(job, sent.grant, booked, end, _text(job, asking), keep))
+        if is_stored and keep is not None:
+            self._flights.land(keep.key, keep.result)
         return None
 
     async def _after_bad_answer(
@@ -515,10 +584,19 @@ def _text(job: Job, asking: _Asking) -> CallText:
     return CallText(job.prompt.text, cache_key(job.kit, route, job.prompt, job.call.repeat))
 
 
-def _cache_entry(
-    job: Job, asking: _Asking, sent: _Sent, answer: Answer, cost: int, reply: ChatReply
-) -> CacheEntry | None:
-    if not job.kit.step.cache or job.run.spec.cache_ttl_s == 0:
+def _shares(job: Job) -> bool:
+    """Whether a call takes answers from the cache and leaves its own there."""
+    return job.kit.step.cache and job.run.spec.cache_ttl_s > 0
+
+
+def _key(job: Job) -> str:
+    """The key of a call's answer. Its route is the same until it is put back."""
+    route = job.kit.routes[min(job.call.route_index, len(job.kit.routes) - 1)]
+    return cache_key(job.kit, route, job.prompt, job.call.repeat)
+
+
+def _cache_entry(job: Job, sent: _Sent, answer: Answer, cost: int, reply: ChatReply) -> CacheEntry | None:
+    if not _shares(job):
         return None
     kept = CachedAnswer(answer.to_json(), answer.quality, sent.route.provider, reply.model, cost)
     key = cache_key(job.kit, sent.route, job.prompt, job.call.repeat)

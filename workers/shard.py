@@ -83,7 +83,7 @@ async def ask_shard(host: ShardHost, message: ShardMessage) -> None:
         LookupError: the run was deleted.
         ValueError: another release began the run.
     """
-    if not host.may_go_on(message.run):
+    if not host.may_go_on(message.run) or not host.client.accepts(message.provider):
         return
     run = await host.prepared(message.run)
     kit = run.kit(message.step)
@@ -224,6 +224,5 @@ def _look_up(database: Database, kit: StepKit, to_ask: Sequence[_ToAsk]) -> tupl
             unknown.append(one)
             continue
         kept = CachedAnswer.from_json(known[key])
-        end = CallEnd("completed", result=kept.answer, quality_score=kept.quality, cached=True)
-        closings.append(batches.Closing(one.call.id, end, CallText(one.prompt.text, key)))
+        closings.append(batches.Closing(one.call.id, kept.end(), CallText(one.prompt.text, key)))
     return closings, unknown

@@ -63,6 +63,18 @@ class BatchWriter:
         """Moves a pending call without an attempt; False if it was not pending any more."""
         return await self._ask(wish)
 
+    async def look(self, key: str) -> batches.AnsweredMeanwhile | batches.InFlight | None:
+        """What there is of a call with this cache key; None also while the database is away."""
+        try:
+            return await asyncio.to_thread(self._look, key)
+        except DatabaseUnavailable as error:
+            log.warning("database.unavailable", error=str(getattr(error, "orig", error)))
+            return None
+
+    def _look(self, key: str) -> batches.AnsweredMeanwhile | batches.InFlight | None:
+        with self._database.snapshot() as connection:
+            return batches.look(connection, key)
+
     def stop(self) -> None:
         """Writes what is waiting and ends the thread. Only for a loop that asks nothing more."""
         self._waiting.put(None)
