@@ -5,6 +5,7 @@ closes a window, the reconciler, and a user who resumes. It decides inside one t
 and publishes after the commit. Doing it twice is harmless, and not doing it is repaired by the reconciler.
 """
 
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -66,6 +67,8 @@ class WorkflowOrchestrator:
         self._app = app
         self._on_finish = on_finish
         self._actor = actor
+        self._finishing: set[int] = set()
+        self._finishing_lock = threading.Lock()
 
     def orchestrate(self, run: int) -> None:
         """Begins a stored run, or takes it up again where it stands. Safe to repeat."""
@@ -280,7 +283,19 @@ class WorkflowOrchestrator:
                 log.info("window.published", run=one.run, window=one.window, round=one.round)
 
     def _finish(self, run: int, save: Callable[[int], None]) -> None:
-        save(run)
+        with self._finishing_lock:
+            if run in self._finishing:
+                # Another thread of this process is writing the same files.
+                return
+            self._finishing.add(run)
+        try:
+            save(run)
+            self._end(run)
+        finally:
+            with self._finishing_lock:
+                self._finishing.discard(run)
+
+    def _end(self, run: int) -> None:
         with self._database.transaction() as connection:
             row = runs.lock_run(connection, run)
             outcome = reports.outcome(connection, run)
