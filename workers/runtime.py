@@ -4,9 +4,9 @@ Celery's threads bring shards; each hands its coroutine to the loop and waits, s
 keeps a thousand and more calls in flight. This module is the border between the two colours: what is synchronous
 calls `run`, and nothing else crosses.
 
-The heartbeat renews the worker's lease, learns which runs were paused or cancelled, and notices when the broker lost
-its data. When the process is told to stop, calls that are not sent yet stay for others, calls in flight may finish
-for a while, and what is then still held is put back.
+The heartbeat renews the worker's lease; other rounds learn what people changed (`workers.orders`) and repair what
+crashes left behind. When the process is told to stop, calls that are not sent yet stay for others, calls in flight may
+finish for a while, and what is then still held is put back.
 """
 
 import asyncio
@@ -26,7 +26,7 @@ from redis.exceptions import RedisError
 
 from orchestrator import __version__, broker
 from orchestrator.config import ConfigManager
-from orchestrator.database import Database, DatabaseUnavailable, fleet, runs
+from orchestrator.database import Database, DatabaseUnavailable, fleet
 from orchestrator.errors import EnvironmentNotReady
 from orchestrator.files import FileManager
 from orchestrator.orchestration import WorkflowOrchestrator
@@ -37,6 +37,7 @@ from providers.http import open_client
 from workers.client import Gate, LLMClient
 from workers.limiter import Limiter
 from workers.limits import LimiterUnavailable, PoolLimits
+from workers.orders import LOOK_S, ChangingLimits, read_orders, set_priorities
 from workers.prepared import PreparedRun, find_run
 from workers.reconciler import Reconciler
 from workers.shard import ask_shard
@@ -66,7 +67,7 @@ class Runtime:
         self.worker_id = f"{socket.gethostname()}:{os.getpid()}:{random.getrandbits(24):06x}"
         self._queues = tuple(queues)
         self._database = Database(self._settings.database_url, CONNECTIONS)
-        self.orchestrator = WorkflowOrchestrator(self._database, app, self._save_results)
+        self.orchestrator = WorkflowOrchestrator(self._database, app, self._save_results, f"worker {self.worker_id}")
         self._prepared: dict[int, PreparedRun] = {}
         self._halted: set[int] = set()
         self._at_work: Counter[int] = Counter()
@@ -110,8 +111,10 @@ class Runtime:
         self._writer = BatchWriter(self._database, self._loop)
         self.run(self._open())
         # Rounds of their own, because a repair may take longer than a lease, and a beat must never wait for it.
-        for work_to_do in (self._beat_once, self._look_once, self._renew_once):
-            self._rounds.append(asyncio.run_coroutine_threadsafe(self._for_ever(work_to_do), self._loop))
+        beat_s = self._settings.worker.heartbeat_s
+        rounds = (self._beat_once, beat_s), (self._look_once, beat_s), (self._renew_once, beat_s)
+        for work_to_do, every_s in (*rounds, (self._obey_once, min(beat_s, LOOK_S))):
+            self._rounds.append(asyncio.run_coroutine_threadsafe(self._for_ever(work_to_do, every_s), self._loop))
         log.info("worker.started", worker=self.worker_id, queues=list(self._queues))
 
     def run(self, work_to_do: Coroutine[Any, Any, T]) -> T:
@@ -186,6 +189,7 @@ class Runtime:
         self._limiter = Limiter(self._redis, f"{settings.queue_prefix}limits:")
         wanted = [name for name in settings.providers if broker.provider_queue(name) in self._queues]
         self._gates = {name: self._gate(self._config.get_llm_config(name)) for name in wanted}
+        self._changing_limits = ChangingLimits(self._gates)
         self._client = LLMClient(
             self.worker_id,
             self._writer,
@@ -198,6 +202,7 @@ class Runtime:
             settings.worker.lease_s,
         )
         self._reconciler = Reconciler(self._database, self.orchestrator, self._redis, self.worker_id, settings)
+        await self._obey_once()
 
     def _gate(self, config: LLMProviderConfig) -> Gate:
         key = config.api_keys[0] if config.api_keys else None
@@ -238,26 +243,30 @@ class Runtime:
     def _save_results(self, run: int) -> None:
         save_run(self._database, FileManager(self._settings.home), run)
 
-    async def _for_ever(self, work_to_do: Callable[[], Coroutine[Any, Any, None]]) -> None:
-        every = self._settings.worker.heartbeat_s
+    async def _for_ever(self, work_to_do: Callable[[], Coroutine[Any, Any, None]], every_s: float) -> None:
         while True:
             try:
                 await work_to_do()
             except (DatabaseUnavailable, LimiterUnavailable, RedisError, OSError, LookupError, ValueError) as error:
                 log.warning("worker.round_failed", error=str(error))
-            await asyncio.sleep(every * random.uniform(0.9, 1.0))
+            await asyncio.sleep(every_s * random.uniform(0.9, 1.0))
 
     async def _beat_once(self) -> None:
         waits, self._waits = self._waits, Counter()
         bound_by = self._bound_by(waits)
         lease_until = self._loop.time() + self._settings.worker.lease_s
-        stopped, held = await asyncio.to_thread(self._beat_in_database, self._client.in_flight, bound_by)
+        held = await asyncio.to_thread(self._beat_in_database, self._client.in_flight, bound_by)
         self._lease_until = lease_until
-        self._halted |= stopped
-        for run in stopped:
-            self._client.end_waits(run)
-
         await self._free_strays(held)
+
+    async def _obey_once(self) -> None:
+        orders = await read_orders(self._database, {message.run for message in self._shards}, set(self._prepared))
+        self._halted |= orders.stopped
+        for run in orders.stopped:
+            self._client.end_waits(run)
+        set_priorities(self._prepared, orders.priorities)
+        if self._changing_limits.apply(orders.overrides):
+            self._client.limits_changed()
 
     async def _free_strays(self, held: set[int]) -> None:
         """Puts back calls that the database says we hold, while nothing here works on them, for the second beat."""
@@ -289,12 +298,11 @@ class Runtime:
             return "rate_limit"
         return "provider" if self._client.in_flight else None
 
-    def _beat_in_database(self, in_flight: int, bound_by: str | None) -> tuple[set[int], set[int]]:
+    def _beat_in_database(self, in_flight: int, bound_by: str | None) -> set[int]:
         with self._database.transaction() as connection:
             if not fleet.beat(connection, self.worker_id, in_flight, bound_by):
                 log.warning("worker.taken_for_dead", worker=self.worker_id)
                 fleet.register(
                     connection, self.worker_id, ",".join(self._queues), __version__, self._settings.worker.lease_s
                 )
-            stopped = runs.runs_not_running(connection, {message.run for message in self._shards})
-            return stopped, fleet.held_calls(connection, self.worker_id)
+            return fleet.held_calls(connection, self.worker_id)

@@ -72,6 +72,9 @@ class Client:
     async def send_prompt(self, job: Job) -> None:
         self.asked.append(job)
 
+    def accepts(self, provider: str) -> bool:
+        return True
+
     def texts(self) -> dict[int, str]:
         return {job.call.ordinal: job.prompt.text for job in self.asked}
 
