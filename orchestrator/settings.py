@@ -11,16 +11,27 @@ from dataclasses import dataclass, field
 from decimal import Decimal
 from pathlib import Path
 from typing import Annotated, Literal
+from zoneinfo import available_timezones
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from orchestrator.provider_keys import ApiKey
 from providers.base import ProviderSettings
 from providers.pricing import NUSD_PER_USD, Price
 
+LimitName = Literal["rpm", "tpm", "itpm", "otpm", "rpd", "concurrency"]
+
+
+def _known_zone(name: str) -> str:
+    if name not in available_timezones():
+        raise ValueError("no time zone has this name")
+    return name
+
+
 Usd = Annotated[Decimal, Field(strict=False, allow_inf_nan=False, le=10**9)]
 Seconds = Annotated[float, Field(gt=0, le=86_400, allow_inf_nan=False)]
 Text = Annotated[str, Field(min_length=1, max_length=2_000)]
+TimeZone = Annotated[str, Field(max_length=64), AfterValidator(_known_zone)]
 ProviderName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_-]{0,63}$")]
 
 
@@ -49,6 +60,16 @@ class ProviderSection(_Section):
     """Requests per minute; 0 pauses the provider."""
     rate_limit_tpm: int | None = Field(default=None, ge=0, le=100_000_000_000)
     """Tokens per minute, input and output together; 0 pauses the provider."""
+    rate_limit_itpm: int | None = Field(default=None, ge=1, le=100_000_000_000)
+    """Input tokens per minute, those from the prompt cache left out."""
+    rate_limit_otpm: int | None = Field(default=None, ge=1, le=100_000_000_000)
+    """Output tokens per minute."""
+    rate_limit_rpd: int | None = Field(default=None, ge=1, le=1_000_000_000)
+    """Requests per day."""
+    rate_limit_day_zone: TimeZone | None = None
+    """IANA name of the time zone at whose midnight the provider begins to count days anew."""
+    shared_limits: list[LimitName] | None = None
+    """Limits that all models of the account share; each of the others holds for every model by itself."""
     concurrency: int | None = Field(default=None, ge=1, le=100_000)
     """Calls in flight at the same time, over all workers."""
     burst: int | None = Field(default=None, ge=1, le=1_000_000)
@@ -183,6 +204,11 @@ class LLMProviderConfig:
         allow_unpriced: Calls without a known price may be sent.
         cost_limit_nusd: Budget over everything that is asked of it, nano-USD; None is no such budget.
         options: For the dialect: the catalog's, with the operator's on top.
+        rate_limit_itpm: Input tokens per minute; None is no such limit.
+        rate_limit_otpm: Output tokens per minute; None is no such limit.
+        rate_limit_rpd: Requests per day of `day_zone`; None is no such limit.
+        day_zone: IANA name of a time zone.
+        shared_limits: Limits that all models of the account share.
     """
 
     name: str
@@ -204,6 +230,11 @@ class LLMProviderConfig:
     project_path: str | None = None
     cost_limit_nusd: int | None = None
     options: Mapping[str, object] = field(default_factory=dict[str, object])
+    rate_limit_itpm: int | None = None
+    rate_limit_otpm: int | None = None
+    rate_limit_rpd: int | None = None
+    day_zone: str = "UTC"
+    shared_limits: tuple[LimitName, ...] = ()
 
     def provider_settings(self, key: ApiKey | None = None) -> ProviderSettings:
         """What `providers.base.open_provider` needs; `key` picks one of the pool, the first one by default."""

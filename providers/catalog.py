@@ -18,6 +18,7 @@ from urllib.parse import urlsplit
 from pydantic import BaseModel, ConfigDict, Field
 
 Sampling = Literal["yes", "no", "without_reasoning"]
+SharedLimit = Literal["rpm", "tpm", "itpm", "otpm", "rpd", "concurrency"]
 
 _DATED_SUFFIX = re.compile(r"-20\d{2}-?\d{2}-?\d{2}$")
 
@@ -37,7 +38,11 @@ class PriceRow(_Row):
 
 
 class ProviderEntry(_Row):
-    """A service. Limits are per minute; None means that no such limit is assumed."""
+    """A service. None means that no such limit is assumed.
+
+    Limits are per minute, `rpd` is per day of `day_zone` (an IANA name). Those in `shared` hold for all models of an
+    account together, the others for each of them.
+    """
 
     name: str
     title: str
@@ -52,6 +57,11 @@ class ProviderEntry(_Row):
     price: PriceRow | None = None
     rpm: int | None = None
     tpm: int | None = None
+    itpm: int | None = None
+    otpm: int | None = None
+    rpd: int | None = None
+    day_zone: str = "UTC"
+    shared: tuple[SharedLimit, ...] = ()
     concurrency: int | None = None
     burst: int | None = None
     timeout_s: float
@@ -128,6 +138,9 @@ def at_address(entry: ProviderEntry, base_url: str | None) -> ProviderEntry:
             "key_required": False,
             "rpm": None,
             "tpm": None,
+            "itpm": None,
+            "otpm": None,
+            "rpd": None,
             "burst": None,
             "concurrency": elsewhere.concurrency,
             "options": elsewhere.options,

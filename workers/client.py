@@ -10,7 +10,7 @@ nowhere else.
 import asyncio
 import random
 from collections import Counter
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from time import monotonic
 
@@ -18,7 +18,7 @@ import structlog
 
 from orchestrator.database import batches, ledger
 from orchestrator.database.cache import CacheEntry
-from orchestrator.database.runs import CallEnd, CallText
+from orchestrator.database.runs import UNKNOWN_OUTCOME, CallEnd, CallText
 from orchestrator.database.work import PendingCall
 from orchestrator.errors import AnswerError
 from orchestrator.results import Answer
@@ -26,14 +26,14 @@ from orchestrator.runspec import Route
 from providers.base import Provider
 from providers.errors import ProviderError
 from providers.messages import ChatReply, ChatRequest, Message, Usage
-from providers.pricing import cost_nusd, worst_nusd
+from providers.pricing import affordable_cap, cost_nusd, worst_nusd
 from providers.tokens import estimate_messages, estimate_tokens, upper_bound
-from workers import retry
+from workers import charges, retry
 from workers.cached import CachedAnswer
 from workers.flights import Flights
 from workers.limiter import Limiter
-from workers.limits import LimiterUnavailable, Permit, Pool, PoolLimits, Refused
-from workers.prepared import PreparedRun, Prompt, StepKit, cache_key
+from workers.limits import LimiterUnavailable, Permit, Pool, PoolLimits, Refused, Wider
+from workers.prepared import BudgetIds, PreparedRun, Prompt, StepKit, cache_key
 from workers.waits import Waits
 from workers.writer import BatchWriter
 
@@ -46,7 +46,9 @@ PERMIT_PATIENCE_S = 20.0
 CLAIM_AHEAD_S = 0.08
 """A claim is committed this long before the send time: a commit takes about 20 ms, more when the machine is busy."""
 LIMITER_AWAY_S = 1.0
-BUDGET_WAIT_S = 0.1
+BUDGET_WAIT_S, BUDGET_WAIT_MOST_S = 0.1, 2.0
+BUDGET_WAITERS = 20
+"""Calls of this process that may wait for money before each of them asks less often."""
 FLIGHT_WAIT_S = (0.2, 2.0)
 """First and longest pause between two looks at an equal call that another worker is asking."""
 INPUT_MARGIN = 1.1
@@ -60,6 +62,8 @@ class Gate:
 
     Attributes:
         account: fingerprint of the key, or a fixed word: providers count limits by account.
+        limits: of each model.
+        shared: of all models of the account together.
         slots: calls of this process that may be at the provider at the same time.
         paused: nothing may be sent until somebody changes the limits again.
     """
@@ -68,11 +72,20 @@ class Gate:
     account: str
     limits: PoolLimits
     slots: asyncio.Semaphore
+    shared: PoolLimits = PoolLimits()
     paused: bool = False
 
     def pool(self, model: str) -> Pool:
-        """The bucket that calls of a model draw from."""
-        return Pool(f"{self.provider.name}:{self.account}:{model}")
+        """The bucket that calls of a model draw from: its own, or that of the account when models have no limits."""
+        scope = f"{self.provider.name}:{self.account}"
+        return Pool(scope if self.limits.is_unlimited else f"{scope}:{model}", scope)
+
+    def pool_limits(self) -> tuple[PoolLimits, Sequence[Wider]]:
+        """The limits of that bucket, and the buckets that are charged beside it."""
+        if self.limits.is_unlimited:
+            return self.shared, ()
+        scope = f"{self.provider.name}:{self.account}"
+        return self.limits, () if self.shared.is_unlimited else ((Pool(scope, scope), self.shared),)
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,9 +135,10 @@ class LLMClient:
         worker: id of the worker.
         gates: by provider name.
         may_go_on: whether calls of a run may still be sent by this process.
-        stop_run: pauses a run for a reason; every other call of it would end the same way.
+        stop_run: pauses a run for a reason, with a detail; every other call of it would end the same way.
         has_lease: returns once this worker surely counts as alive; before that it may not claim.
         lease_s: how long a slot at a provider stays taken after this process died.
+        budgets: finds the budgets of an attempt.
         note_wait: told what a call is waiting for, for `bound_by`; None when it is waiting no more.
     """
 
@@ -135,10 +149,11 @@ class LLMClient:
         limiter: Limiter,
         gates: Mapping[str, Gate],
         may_go_on: Callable[[int], bool],
-        stop_run: Callable[[int, str], None],
+        stop_run: Callable[[int, str, str | None], None],
         note_wait: Callable[[str], None],
         has_lease: Callable[[], Awaitable[None]],
         lease_s: float,
+        budgets: BudgetIds,
     ) -> None:
         self._worker = worker
         self._writer = writer
@@ -149,6 +164,8 @@ class LLMClient:
         self._note_wait = note_wait
         self._has_lease = has_lease
         self._lease_s = lease_s
+        self._budgets = budgets
+        self._short_of_money = 0
         self._waits = Waits()
         self._waits_to_send = Waits()
         self._flights = Flights()
@@ -231,23 +248,28 @@ class LLMClient:
         """The route at a place of the fallback chain; the last one if the chain is shorter."""
         return job.kit.routes[min(index, len(job.kit.routes) - 1)]
 
-    async def handle_rate_limits(self, job: Job, gate: Gate, route: Route, tokens: int) -> Permit | Refused | None:
+    async def handle_rate_limits(
+        self, job: Job, gate: Gate, route: Route, costs: Mapping[str, int]
+    ) -> Permit | Refused | None:
         """Waits for leave to send.
 
         Returns:
             A permit; a refusal when the wait is long or the request can never fit; None when the run stopped meanwhile.
         """
-        costs = {"rpm": 1, "tpm": tokens}
+        limits, wider = gate.pool_limits()
         permit_id = f"{self._worker}:{job.call.id}:{random.getrandbits(32):x}"
         while self._may_go_on(job.run.number):
             try:
                 answer = await self._limiter.permit(
                     gate.pool(route.model),
-                    gate.limits,
+                    limits,
                     costs,
                     permit_id=permit_id,
                     lease_s=self._lease_s,
                     max_wait_s=PERMIT_PATIENCE_S,
+                    run=str(job.run.number),
+                    weight=charges.weight(job.run.priority),
+                    wider=wider,
                 )
             except LimiterUnavailable:
                 # Fail closed: without the bucket nobody knows how much the other workers send.
@@ -270,11 +292,7 @@ class LLMClient:
         if usage is None:
             told = estimate_messages(request.messages, request.answer_schema)
             usage = Usage(told, estimate_tokens(reply.text), estimated=True)
-        if route.price is None:
-            return usage, reply.cost_nusd or 0
-        if reply.cost_nusd is not None and route.price.source != "override":
-            return usage, reply.cost_nusd
-        return usage, cost_nusd(route.price, usage)
+        return usage, booked_cost(route, reply, usage)
 
     def validate_response(self, kit: StepKit, reply: ChatReply) -> Answer:
         """The answer in a reply.
@@ -310,10 +328,13 @@ class LLMClient:
         self, job: Job, asking: _Asking, gate: Gate, route: Route, request: ChatRequest
     ) -> "_Sent | _Asking | batches.AnsweredMeanwhile | batches.InFlight | None":
         run = job.run.number
-        tokens = round(_input_tokens(job, asking) * INPUT_MARGIN) + request.max_output_tokens
+        budget_ids = await self._waits.until(run, self._budgets.find(job.run, route.provider))
+        if budget_ids is None:
+            return asking
+        costs = charges.expected(round(_input_tokens(job, asking) * INPUT_MARGIN), request.max_output_tokens)
         self.waiting_for_permits += 1
         try:
-            permit = await self._waits_to_send.until(run, self.handle_rate_limits(job, gate, route, tokens))
+            permit = await self._waits_to_send.until(run, self.handle_rate_limits(job, gate, route, costs))
         finally:
             self.waiting_for_permits -= 1
         if permit is None:
@@ -326,8 +347,7 @@ class LLMClient:
         if not self._may_go_on(run) or self._gates[route.provider] is not gate:
             self._limiter.release_unsent(permit)
             return asking
-        worst = _worst(job, asking, route, request)
-        grant = await self._writer.claim(self._claim(job, asking, route, worst))
+        request, worst, grant = await self._reserve(job, asking, route, request, budget_ids)
         if not isinstance(grant, batches.Claimed):
             self._limiter.release_unsent(permit)
             if isinstance(grant, batches.AnsweredMeanwhile | batches.InFlight):
@@ -336,7 +356,7 @@ class LLMClient:
         while not await self._is_due(permit):
             # The provider asked for a pause after the permit was given. The attempt is on record and may wait.
             self._limiter.release_unsent(permit)
-            again = await self._waits.until(run, self.handle_rate_limits(job, gate, route, tokens))
+            again = await self._waits.until(run, self.handle_rate_limits(job, gate, route, costs))
             if not isinstance(again, Permit):
                 await self._settle_unsent(job, grant, again)
                 return None
@@ -370,11 +390,12 @@ class LLMClient:
         return _Sent(route, request, grant, outcome, round((monotonic() - started) * 1000), worst)
 
     def _give_back(self, permit: Permit, outcome: ChatReply | ProviderError) -> None:
-        used = outcome.usage
-        if used is not None:
-            self._limiter.settle(permit, {"tpm": used.input_tokens + used.output_tokens})
-        else:
-            self._limiter.settle(permit)
+        if isinstance(outcome, ProviderError) and not outcome.sent:
+            self._limiter.release_unsent(permit)
+            return
+        if outcome.rate_limit is not None:
+            self._limiter.adopt(permit, charges.sightings(outcome.rate_limit))
+        self._limiter.settle(permit, None if outcome.usage is None else charges.real(outcome.usage))
 
     async def _heed(self, gate: Gate, route: Route, outcome: ChatReply | ProviderError) -> None:
         """Moves the whole pool when the provider asked for a pause."""
@@ -388,7 +409,36 @@ class LLMClient:
         except LimiterUnavailable:
             log.warning("limiter.unavailable", provider=route.provider)
 
-    def _claim(self, job: Job, asking: _Asking, route: Route, worst: int) -> batches.Claim:
+    async def _reserve(
+        self, job: Job, asking: _Asking, route: Route, request: ChatRequest, budget_ids: tuple[int, ...]
+    ) -> tuple[ChatRequest, int, batches.ClaimAnswer]:
+        """Claims at the full cap, or at a smaller one when no budget will pay for the full one any more.
+
+        Returns:
+            The request as it may be sent, its worst price, and the answer to the claim.
+        """
+        worst = _worst(job, asking, route, request)
+        grant = await self._writer.claim(self._claim(job, asking, route, worst, budget_ids))
+        if not isinstance(grant, batches.OverBudget) or not grant.for_good or route.price is None:
+            return request, worst, grant
+        upper, most = _input_upper(job, asking, request), request.max_output_tokens
+        least = min(job.run.spec.min_output_tokens, most)
+        in_time = affordable_cap(route.price, upper, grant.spare_nusd, most)
+        if in_time < least:
+            return request, worst, grant
+        now = affordable_cap(route.price, upper, grant.free_nusd, most)
+        if now < max(least, in_time // 2):
+            # What is in flight will give money back, and a much shorter answer would be a waste.
+            return request, worst, replace(grant, for_good=False)
+        request = replace(request, max_output_tokens=now)
+        worst = _worst(job, asking, route, request)
+        grant = await self._writer.claim(self._claim(job, asking, route, worst, budget_ids))
+        if isinstance(grant, batches.OverBudget):
+            # Somebody was faster; whether that is for good is for the next try to find out.
+            grant = replace(grant, for_good=False)
+        return request, worst, grant
+
+    def _claim(self, job: Job, asking: _Asking, route: Route, worst: int, budget_ids: tuple[int, ...]) -> batches.Claim:
         return batches.Claim(
             call=job.call.id,
             run=job.run.number,
@@ -398,7 +448,7 @@ class LLMClient:
             worker=self._worker,
             token=random.getrandbits(62),
             worst_nusd=worst,
-            budget_ids=job.run.budget_ids,
+            budget_ids=budget_ids,
             price_source="none" if route.price is None else route.price.source,
             held_fence=asking.fence,
             key=_key(job) if _shares(job) else None,
@@ -411,12 +461,28 @@ class LLMClient:
             return None
         self._note_wait("budget")
         if answer.for_good:
-            await self._release(job, asking, CallEnd("pending", error_code="budget"))
-            self._stop_run(job.run.number, "budget")
+            await self._run_out(job, asking, answer.scope)
             return None
-        # What is in flight will settle for less than its worst price, and then this call may fit.
-        await asyncio.sleep(BUDGET_WAIT_S)
+        # What is in flight will settle for less than its worst price, and then this call may fit. The more calls wait,
+        # the longer each of them does: few of them fit at a time.
+        self._short_of_money += 1
+        try:
+            wait_s = min(BUDGET_WAIT_MOST_S, BUDGET_WAIT_S * max(1.0, self._short_of_money / BUDGET_WAITERS))
+            await self._waits.until(job.run.number, asyncio.sleep(wait_s))
+        finally:
+            self._short_of_money -= 1
         return asking
+
+    async def _run_out(self, job: Job, asking: _Asking, scope: str) -> None:
+        """Goes on at another provider when only this one's budget is used up; stops the run otherwise."""
+        here, index = self.select_provider(job, asking.route_index).provider, asking.route_index + 1
+        following = job.kit.routes[index] if index < len(job.kit.routes) else None
+        if following is not None and following.provider != here and scope == ledger.provider_scope(here):
+            place = (index, following.provider, following.model)
+            await self._release(job, asking, CallEnd("pending", error_code="budget", route=place), always=True)
+            return
+        await self._release(job, asking, CallEnd("pending", error_code="budget"))
+        self._stop_run(job.run.number, "budget", scope)
 
     async def _put_off(self, job: Job, asking: _Asking, refused: Refused) -> None:
         if refused.possible:
@@ -485,6 +551,8 @@ class LLMClient:
 
     async def _after_error(self, job: Job, asking: _Asking, sent: _Sent, error: ProviderError) -> _Asking | None:
         failure = retry.classify(error)
+        if failure.status == "unknown" and not job.run.resends_unknown(job.kit.step):
+            failure = retry.Failure(UNKNOWN_OUTCOME, "unknown", "request")
         used = error.usage or Usage(0, 0)
         paid = 0 if sent.route.price is None else cost_nusd(sent.route.price, used)
         booked = ledger.Usage(
@@ -538,7 +606,7 @@ class LLMClient:
             case retry.StopRun(reason):
                 end = CallEnd("pending", error_code=told[0], error_message=told[1])
                 await self._settle(job, asking, sent, booked, end)
-                self._stop_run(job.run.number, reason)
+                self._stop_run(job.run.number, reason, booked.error_message)
         return None
 
     async def _settle(self, job: Job, asking: _Asking, sent: _Sent, booked: ledger.Usage, end: CallEnd) -> bool:
@@ -568,11 +636,23 @@ def _request(job: Job, route: Route, asking: _Asking) -> ChatRequest:
     )
 
 
+def booked_cost(route: Route, reply: ChatReply, usage: Usage) -> int:
+    """What a reply cost, in nano-USD: as the provider says, unless the operator's own price wins."""
+    if route.price is None:
+        return reply.cost_nusd or 0
+    if reply.cost_nusd is not None and route.price.source != "override":
+        return reply.cost_nusd
+    return cost_nusd(route.price, usage)
+
+
 def _worst(job: Job, asking: _Asking, route: Route, request: ChatRequest) -> int:
     if route.price is None:
         return 0
-    upper = upper_bound(request.messages, request.answer_schema) if asking.correction else job.prompt.input_upper
-    return worst_nusd(route.price, upper, request.max_output_tokens)
+    return worst_nusd(route.price, _input_upper(job, asking, request), request.max_output_tokens)
+
+
+def _input_upper(job: Job, asking: _Asking, request: ChatRequest) -> int:
+    return upper_bound(request.messages, request.answer_schema) if asking.correction else job.prompt.input_upper
 
 
 def _input_tokens(job: Job, asking: _Asking) -> int:

@@ -34,12 +34,13 @@ from orchestrator.reports.layouts import save_run
 from orchestrator.settings import LLMProviderConfig, Settings
 from providers.base import open_provider
 from providers.http import open_client
+from workers.charges import pool_limits
 from workers.client import Gate, LLMClient
 from workers.limiter import Limiter
-from workers.limits import LimiterUnavailable, PoolLimits
+from workers.limits import LimiterUnavailable
 from workers.orders import LOOK_S, ChangingLimits, read_orders, set_priorities
-from workers.prepared import PreparedRun, find_run
-from workers.reconciler import Reconciler
+from workers.prepared import BudgetIds, PreparedRun, find_run
+from workers.reconciler import Reconciler, UnknownOutcomes, warn_of_budgets
 from workers.shard import ask_shard
 from workers.writer import BatchWriter
 
@@ -112,7 +113,12 @@ class Runtime:
         self.run(self._open())
         # Rounds of their own, because a repair may take longer than a lease, and a beat must never wait for it.
         beat_s = self._settings.worker.heartbeat_s
-        rounds = (self._beat_once, beat_s), (self._look_once, beat_s), (self._renew_once, beat_s)
+        rounds = (
+            (self._beat_once, beat_s),
+            (self._look_once, beat_s),
+            (self._renew_once, beat_s),
+            (self._unknown.look, beat_s),
+        )
         for work_to_do, every_s in (*rounds, (self._obey_once, min(beat_s, LOOK_S))):
             self._rounds.append(asyncio.run_coroutine_threadsafe(self._for_ever(work_to_do, every_s), self._loop))
         log.info("worker.started", worker=self.worker_id, queues=list(self._queues))
@@ -200,22 +206,20 @@ class Runtime:
             self._note_wait,
             self._has_lease,
             settings.worker.lease_s,
+            BudgetIds(self._database),
         )
         self._reconciler = Reconciler(self._database, self.orchestrator, self._redis, self.worker_id, settings)
+        self._unknown = UnknownOutcomes(self._database, self._writer, self._gates, self.prepared)
         await self._obey_once()
 
     def _gate(self, config: LLMProviderConfig) -> Gate:
         key = config.api_keys[0] if config.api_keys else None
-        limits = PoolLimits(
-            rpm=config.rate_limit_rpm,
-            tpm=config.rate_limit_tpm,
-            concurrency=config.concurrency,
-            rpm_burst=config.burst,
-        )
+        of_each_model, of_all = pool_limits(config)
         return Gate(
             provider=open_provider(config.provider_settings(key), open_client),
             account="none" if key is None else key.fingerprint,
-            limits=limits,
+            limits=of_each_model,
+            shared=of_all,
             slots=asyncio.Semaphore(self._settings.worker.concurrency),
         )
 
@@ -227,18 +231,21 @@ class Runtime:
     def _note_wait(self, reason: str) -> None:
         self._waits[reason] += 1
 
-    def _stop_run(self, run: int, reason: str) -> None:
+    def _stop_run(self, run: int, reason: str, detail: str | None = None) -> None:
         if run in self._halted:
             return
         self._halted.add(run)
         self._client.end_waits(run)
-        log.warning("run.stopped", run=run, reason=reason)
-        task = self._loop.create_task(self._pause(run, reason))
+        log.warning("run.stopped", run=run, reason=reason, detail=detail)
+        task = self._loop.create_task(self._pause(run, reason, detail))
         self._pausing.add(task)
         task.add_done_callback(self._pausing.discard)
 
-    async def _pause(self, run: int, reason: str) -> None:
-        await asyncio.to_thread(self.orchestrator.manage_state, run, "paused", reason, sources=("running",))
+    async def _pause(self, run: int, reason: str, detail: str | None) -> None:
+        await asyncio.to_thread(
+            self.orchestrator.manage_state, run, "paused", reason, sources=("running",), detail=detail
+        )
+        await asyncio.to_thread(warn_of_budgets, self._database)
 
     def _save_results(self, run: int) -> None:
         save_run(self._database, FileManager(self._settings.home), run)
