@@ -4,13 +4,17 @@ Holds compiled templates, conditions and validators; renders the messages of a c
 answer may be cached.
 """
 
+import asyncio
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
+from time import monotonic
 from typing import Any
 
-from orchestrator.database import Connection, ledger, work
+import structlog
+
+from orchestrator.database import Connection, Database, DatabaseUnavailable, ledger, reports, work
 from orchestrator.planning import needed_answers, segments
 from orchestrator.results import ResultProcessor, aggregate_results, answer_schema
 from orchestrator.runspec import Route, RunSpec
@@ -19,6 +23,10 @@ from prompts.conditions import Condition, compile_condition
 from prompts.engine import PromptEngine, RenderedPrompt
 from providers.messages import Message
 from providers.tokens import estimate_messages, upper_bound
+
+log = structlog.get_logger(__name__)
+
+DATABASE_AWAY_S = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,14 +80,14 @@ class PreparedRun:
     Args:
         number: of the run.
         run_id: its public id.
-        budget_ids: budgets that its attempts are held against.
+        priority: each step doubles its share of a provider's limits beside other runs.
     """
 
-    def __init__(self, number: int, run_id: str, spec: RunSpec, budget_ids: tuple[int, ...]) -> None:
+    def __init__(self, number: int, run_id: str, spec: RunSpec, priority: int = 0) -> None:
         self.number = number
         self.run_id = run_id
         self.spec = spec
-        self.budget_ids = budget_ids
+        self.priority = priority
         self._engine = PromptEngine({name: text for name, text in spec.pack_files.items() if name.endswith(".j2")})
         self._kits = {step.name: self._kit(step) for step in spec.workflow.steps if step.asks()}
 
@@ -90,6 +98,10 @@ class PreparedRun:
             KeyError: the workflow has no such step.
         """
         return self._kits[step]
+
+    def resends_unknown(self, step: Step) -> bool:
+        """Whether a call of a step may be sent again while the outcome of its last attempt is unknown."""
+        return self.spec.retry_unknown if step.retry.unknown is None else step.retry.unknown
 
     def segment_of(self, step: str) -> int:
         """Number of the segment that a reduce step belongs to."""
@@ -148,13 +160,60 @@ def find_run(connection: Connection, number: int) -> PreparedRun:
     """Reads and compiles a run.
 
     Raises:
-        LookupError: it was deleted, or has no budget.
+        LookupError: it was deleted.
         ValueError: another release began it.
     """
     row = work.run_row(connection, number)
-    scopes = (ledger.GLOBAL_SCOPE, ledger.run_scope(number))
-    ids = tuple(sorted(ledger.find_budget(connection, scope).id for scope in scopes))
-    return PreparedRun(number, row.run_id, RunSpec.from_json(row.spec), ids)
+    return PreparedRun(number, row.run_id, RunSpec.from_json(row.spec))
+
+
+class BudgetIds:
+    """The budgets that attempts are held against: looked up once per run, provider and day, and made where missing.
+
+    The day is that of the database's clock, read with every look-up and counted on from there, so that workers whose
+    clocks differ agree on it.
+    """
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+        self._known: dict[tuple[int, str], tuple[int, ...]] = {}
+        self._ahead_s = 0.0
+        self._day = -1
+        self._looking = asyncio.Lock()
+
+    async def find(self, run: PreparedRun, provider: str) -> tuple[int, ...]:
+        """Ids of the budgets of an attempt that is sent now, ascending; waits while the database is away."""
+        while (found := self._current(run, provider)) is None:
+            # One look-up for all calls of a shard, which come here at the same time.
+            async with self._looking:
+                if self._current(run, provider) is None:
+                    await self._look_up_soon(run, provider)
+        return found
+
+    def _current(self, run: PreparedRun, provider: str) -> tuple[int, ...] | None:
+        is_today = self._day == _day_of(monotonic() + self._ahead_s)
+        return self._known.get((run.number, provider)) if is_today else None
+
+    async def _look_up_soon(self, run: PreparedRun, provider: str) -> None:
+        try:
+            await asyncio.to_thread(self._look_up, run, provider)
+        except DatabaseUnavailable as error:
+            log.warning("database.unavailable", error=str(error.orig), again_in_s=DATABASE_AWAY_S)
+            await asyncio.sleep(DATABASE_AWAY_S)
+
+    def _look_up(self, run: PreparedRun, provider: str) -> None:
+        with self._database.transaction() as connection:
+            now_s = reports.clock(connection)
+            scopes = ledger.scopes_of(run.number, run.spec.workflow.name, provider, now_s)
+            ids = tuple(sorted(ledger.ensure_budgets(connection, scopes).values()))
+        if self._day != _day_of(now_s):
+            self._known = {}
+        self._ahead_s, self._day = now_s - monotonic(), _day_of(now_s)
+        self._known[run.number, provider] = ids
+
+
+def _day_of(epoch_s: float) -> int:
+    return int(epoch_s // 86_400)
 
 
 def _messages(rendered: RenderedPrompt) -> tuple[Message, ...]:

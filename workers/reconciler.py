@@ -1,5 +1,8 @@
 """Repairs what crashes leave behind: frees what dead workers held, and publishes again what the broker lost.
 
+Where providers can tell, it also corrects what was booked for attempts of unknown outcome, and it warns of budgets
+that are nearly used.
+
 Every worker looks once per heartbeat; a lock in the database lets one of them act. All it does is idempotent, so two at
 once, after a lock that expired, do no harm.
 
@@ -9,15 +12,23 @@ queues tell silence that means a loss from silence that means a long queue.
 """
 
 import asyncio
-from collections.abc import Iterable
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 
 import structlog
 from redis.asyncio import Redis
 
 from orchestrator import broker
-from orchestrator.database import Database, fleet, runs, windows
+from orchestrator.database import AnyRow, Database, batches, fleet, ledger, runs, windows
+from orchestrator.database.runs import CallEnd
+from orchestrator.money import usd, usd_or_none
 from orchestrator.orchestration import WorkflowOrchestrator
 from orchestrator.settings import Settings
+from providers.base import LooksUp, NotSupported
+from providers.errors import ProviderError
+from providers.messages import ChatReply, Usage
+from workers.client import MAX_KEPT_RESPONSE, Gate, booked_cost
+from workers.prepared import PreparedRun
+from workers.writer import BatchWriter
 
 log = structlog.get_logger(__name__)
 
@@ -26,6 +37,94 @@ SILENT_S = 5.0
 """Silence of an open window, with empty queues and none of its calls held, after which its messages count as lost."""
 SILENT_BEHIND_QUEUE_S = 600.0
 """The same while messages are queued: they are probably its own."""
+LOOKS_PER_ROUND = 20
+"""Attempts of unknown outcome that one process asks about per heartbeat."""
+LOOK_TIMEOUT_S = 10.0
+NO_FENCE = -1
+
+
+def warn_of_budgets(database: Database) -> None:
+    """Logs every budget of which so much is used that people should know; once per budget and limit."""
+    with database.transaction() as connection:
+        nearly_used = ledger.warn_once(connection)
+    for budget in nearly_used:
+        limit = usd_or_none(budget.limit_nusd)
+        log.warning("budget.nearly_used", scope=budget.scope, used_usd=usd(budget.used_nusd()), limit_usd=limit)
+
+
+class UnknownOutcomes:
+    """Asks providers that can tell what became of attempts of unknown outcome, and books what they say.
+
+    Only the money is corrected: the answer is not taken, because the call has gone on since.
+
+    Args:
+        gates: the providers of this process, by name.
+        prepared: gives the compiled run, for its prices.
+    """
+
+    def __init__(
+        self,
+        database: Database,
+        writer: BatchWriter,
+        gates: Mapping[str, Gate],
+        prepared: Callable[[int], Awaitable[PreparedRun]],
+    ) -> None:
+        self._database = database
+        self._writer = writer
+        self._gates = gates
+        self._prepared = prepared
+        self._cannot_tell: set[str] = set()
+
+    async def look(self) -> None:
+        """Looks once; each attempt is asked about a few times, less and less often."""
+        asked = [
+            name
+            for name, gate in self._gates.items()
+            if name not in self._cannot_tell and isinstance(gate.provider, LooksUp)
+        ]
+        if not asked:
+            return
+        for row in await asyncio.to_thread(self._due, asked):
+            provider = self._gates[row.provider].provider
+            if row.provider not in self._cannot_tell and isinstance(provider, LooksUp):
+                await self._settle(provider, row)
+
+    def _due(self, providers: list[str]) -> list[AnyRow]:
+        with self._database.transaction() as connection:
+            return fleet.to_look_up(connection, providers, LOOKS_PER_ROUND)
+
+    async def _settle(self, provider: LooksUp, row: AnyRow) -> None:
+        attempt_id = f"{row.run_id}/{row.prompt_execution_id}/{row.number}"
+        try:
+            reply = await provider.look_up(attempt_id, LOOK_TIMEOUT_S)
+        except ProviderError as error:
+            log.info("attempt.look_failed", attempt=attempt_id, error=error.message)
+            return
+        if isinstance(reply, NotSupported):
+            self._cannot_tell.add(row.provider)
+            return
+        if reply is None or reply.usage is None:
+            return
+        routes = (await self._prepared(row.workflow_execution_id)).kit(row.step).routes
+        route = next((one for one in routes if (one.provider, one.model) == (row.provider, row.model)), None)
+        if route is not None:
+            await self._writer.settle(self._settlement(row, reply, reply.usage, booked_cost(route, reply, reply.usage)))
+            log.info("attempt.settled_late", attempt=attempt_id)
+
+    def _settlement(self, row: AnyRow, reply: ChatReply, usage: Usage, cost: int) -> batches.Settlement:
+        booked = ledger.Usage(
+            status="ok",
+            input_tokens=usage.input_tokens,
+            output_tokens=usage.output_tokens,
+            cached_tokens=usage.cached_tokens,
+            cost_nusd=cost,
+            request_id=reply.request_id,
+            model_answered=reply.model,
+            error_message="the provider told afterwards what became of it",
+            response=reply.text[:MAX_KEPT_RESPONSE],
+        )
+        # Nobody holds a call under this fence, so the call itself is not touched.
+        return batches.Settlement(row.prompt_execution_id, row.number, NO_FENCE, "", booked, CallEnd("pending"))
 
 
 class Reconciler:
@@ -68,6 +167,7 @@ class Reconciler:
                 log.warning("broker.lost_its_data", windows_published=published)
         if not mine:
             return
+        warn_of_budgets(self._database)
         with self._database.transaction() as connection:
             freed = fleet.free_dead(connection)
         if freed.workers:

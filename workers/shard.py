@@ -16,7 +16,7 @@ import structlog
 from orchestrator import context
 from orchestrator.broker import ShardMessage
 from orchestrator.database import Connection, Database, batches, cache, work
-from orchestrator.database.runs import CallEnd, CallText
+from orchestrator.database.runs import UNKNOWN_OUTCOME, CallEnd, CallText
 from orchestrator.database.work import PendingCall, StepAnswers
 from prompts.errors import PromptError
 from workers.cached import CachedAnswer
@@ -163,6 +163,9 @@ def _sort_out(run: PreparedRun, kit: StepKit, material: _Material) -> tuple[list
 
 
 def _decide(run: PreparedRun, kit: StepKit, material: _Material, call: PendingCall) -> CallEnd | Prompt | None:
+    if call.error_code == UNKNOWN_OUTCOME and not run.resends_unknown(kit.step):
+        told = "nobody knows what became of the last attempt, which may have been paid for"
+        return CallEnd("failed", error_code=UNKNOWN_OUTCOME, error_message=told)
     if call.ordinal == REDUCE:
         return _render(run, kit, _reduce_values(run, kit, material))
     said = material.answers.get(call.ordinal, {})

@@ -7,14 +7,20 @@ were sent are booked as unknown at their worst price, and the worker's row goes 
 All functions work inside the caller's transaction.
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
-from sqlalchemy import Connection, Select, delete, insert, or_, select, update
+from sqlalchemy import Connection, Select, delete, insert, literal, or_, select, update
 from sqlalchemy.dialects import postgresql, sqlite
 
 from orchestrator.database import ledger, runs
-from orchestrator.database.engine import NOW
-from orchestrator.database.tables import llm_usage, locks, prompt_executions, workers
+from orchestrator.database.engine import NOW, AnyRow
+from orchestrator.database.tables import llm_usage, locks, prompt_executions, workers, workflow_executions
+
+FIRST_LOOK_S = 5.0
+"""After so many seconds a provider is first asked about an attempt of unknown outcome; each later wait is four times
+as long as the one before."""
+MOST_LOOKS = 6
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,8 +110,39 @@ def _free_calls(
     open_ones = [row for row in attempts if row.status in ledger.OPEN_ATTEMPT and row.worker_id in holders]
     unknown = ledger.book_unknown(connection, open_ones)
     runs.add_costs(connection, [(row.prompt_execution_id, 0, 0, row.reserved_nusd) for row in open_ones])
-    runs.free_calls(connection, calls, lost=lost)
+    runs.free_calls(connection, calls, lost=lost, uncertain=[row.prompt_execution_id for row in open_ones])
     return unknown
+
+
+def to_look_up(connection: Connection, providers: Collection[str], most: int) -> list[AnyRow]:
+    """Attempts of unknown outcome to ask providers about now; each look is counted, and the next one comes later.
+
+    Columns: run_id, workflow_execution_id, prompt_execution_id, number, step, provider, model.
+    """
+    columns = llm_usage.c
+    waits_s = FIRST_LOOK_S * literal(1).op("<<")(2 * columns.looks)
+    due = (columns.status == "unknown") & (columns.looks < MOST_LOOKS) & (columns.settled_at < NOW - waits_s)
+    query = (
+        select(
+            workflow_executions.c.run_id,
+            columns.workflow_execution_id,
+            columns.prompt_execution_id,
+            columns.number,
+            columns.step,
+            columns.provider,
+            columns.model,
+            columns.id,
+        )
+        .join(workflow_executions, workflow_executions.c.id == columns.workflow_execution_id)
+        .where(due, columns.provider.in_(providers))
+        .order_by(columns.id)
+        .limit(most)
+    )
+    rows = list(connection.execute(query))
+    if rows:
+        looked = update(llm_usage).where(columns.id.in_([row.id for row in rows]))
+        connection.execute(looked.values(looks=columns.looks + 1))
+    return rows
 
 
 def take_lock(connection: Connection, name: str, owner: str, seconds: float) -> bool:

@@ -36,6 +36,7 @@ CallStatus = Literal["pending", "running", "completed", "failed", "skipped", "ca
 RunStatus = Literal["pending", "running", "paused", "completed", "failed", "cancelled"]
 OPEN_CALL = ("pending", "running")
 OPEN_RUN = ("pending", "running", "paused")
+UNKNOWN_OUTCOME = "unknown_outcome"  # error code of a call: nobody knows what became of its last attempt
 POISON_AFTER = 3
 """Workers that may die holding one call before it counts as the cause."""
 
@@ -318,7 +319,7 @@ def hold_calls_of(connection: Connection, workers_gone: Sequence[str]) -> list[i
     return list(connection.execute(query).scalars())
 
 
-def free_calls(connection: Connection, ids: Sequence[int], *, lost: bool) -> None:
+def free_calls(connection: Connection, ids: Sequence[int], *, lost: bool, uncertain: Sequence[int] = ()) -> None:
     """Puts held calls back; a call that outlived `POISON_AFTER` workers is failed instead.
 
     Calls of a run that was cancelled end with it.
@@ -327,6 +328,7 @@ def free_calls(connection: Connection, ids: Sequence[int], *, lost: bool) -> Non
         connection: the caller's transaction, in which the calls are locked.
         ids: the calls.
         lost: their worker died, rather than put them back itself.
+        uncertain: those with an attempt of unknown outcome; the error code tells it to whoever takes them up.
     """
     if not ids:
         return
@@ -338,7 +340,7 @@ def free_calls(connection: Connection, ids: Sequence[int], *, lost: bool) -> Non
         .where(_calls.id.in_(ids), _calls.status == "running")
         .values(
             status=case((poison, "failed"), (cancelled, "cancelled"), else_="pending"),
-            error_code=case((poison, "poison"), else_=null()),
+            error_code=case((poison, "poison"), (_calls.id.in_(uncertain), UNKNOWN_OUTCOME), else_=null()),
             error_message=case((poison, f"{POISON_AFTER} workers died while they held this call"), else_=null()),
             completed_at=case((or_(poison, cancelled), NOW), else_=null()),
             worker_id=None,

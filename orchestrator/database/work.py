@@ -28,6 +28,7 @@ _PENDING = (
         _calls.reasks,
         _calls.window_id,
         _calls.error_message,
+        _calls.error_code,
     )
     .where(
         _calls.window_id == bindparam("window"),
@@ -59,6 +60,7 @@ class PendingCall:
     reasks: int
     window_id: int
     error_message: str | None
+    error_code: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -46,7 +46,7 @@ def run() -> PreparedRun:
     }
     routes = {step: (ROUTE,) for step in ("look", "why", "check")}
     spec = RunSpec(read_workflow(PACK, "w")[0], files, {}, routes, 10, 5, 2, 60)
-    return PreparedRun(7, "run-7", spec, (1, 2))
+    return PreparedRun(7, "run-7", spec)
 
 
 def test_a_step_knows_what_stands_before_it(run: PreparedRun):
