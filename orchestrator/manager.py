@@ -4,90 +4,48 @@
 and publishes the first windows while later items are still being read. Everything after that happens in the workers.
 """
 
-import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from decimal import Decimal
 from hashlib import sha256
 from itertools import islice
-from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 from celery import Celery
 
-from orchestrator import __version__, naming, planning, routing, validation
+from orchestrator import __version__, naming, planning
 from orchestrator.broker import make_app
 from orchestrator.config import ConfigManager
-from orchestrator.database import Connection, Database, DatabaseUnavailable, intake, ledger, reports, runs, work
-from orchestrator.database.runs import OPEN_RUN
-from orchestrator.errors import EnvironmentNotReady, InvalidInput, OrchestratorError, Problem, WorkflowError
-from orchestrator.estimating import Estimate, estimate
-from orchestrator.files import FileManager, PackFiles
-from orchestrator.items import ItemSource, ItemsSummary, iter_items, open_source, scan_items
+from orchestrator.control import Retried, RunControl, budget_scope, default_actor
+from orchestrator.database import (
+    Connection,
+    Database,
+    DatabaseUnavailable,
+    costs,
+    intake,
+    ledger,
+    limits,
+    reports,
+    runs,
+    work,
+)
+from orchestrator.database.ledger import Budget
+from orchestrator.database.limits import Override
+from orchestrator.errors import EnvironmentNotReady, InvalidInput, Problem, WorkflowError, WrongState, did_you_mean
+from orchestrator.items import iter_items
 from orchestrator.orchestration import WorkflowOrchestrator
-from orchestrator.runspec import Route, RunSpec
+from orchestrator.plans import Plan, Planner, RunRequest, bad_budget
+from orchestrator.runspec import Route
 from orchestrator.settings import nusd_of
-from orchestrator.workflow import WORKFLOW_FILE, Workflow, inspect_workflow, parse_usd
-from providers.price_data import price_for
+from orchestrator.workflow import Workflow, parse_usd
 
-T = TypeVar("T")
+__all__ = ["Plan", "RunRequest", "StartedRun", "WorkflowManager"]
+
 BATCH = 1000
 FIRST_WINDOW = 200
 """Items of the first window, so that the first calls leave while most items are still being read."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RunRequest:
-    """What a user asks for.
-
-    Attributes:
-        pack: name of a shipped pack, or a folder.
-        input: file of items, `-` for standard input, None for the pack's sample items.
-        variables: from `--var`, as text.
-        limit: take only so many items from the top.
-        sample: take so many items chosen by a hash of `seed` and key.
-        budget_usd: of the run; None takes the configured one, else the workflow's.
-        allow_unpriced: send calls although nobody knows their price; they are booked at zero.
-    """
-
-    pack: str
-    input: str | None = None
-    input_format: str | None = None
-    provider: str | None = None
-    model: str | None = None
-    variables: Mapping[str, str] = field(default_factory=dict[str, str])
-    limit: int | None = None
-    sample: int | None = None
-    seed: int = 0
-    budget_usd: Decimal | None = None
-    allow_unpriced: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """A run that could begin now: everything checked, nothing written.
-
-    Attributes:
-        budget_nusd: nano-USD; None for no limit.
-        identity: hash of what is asked; runs with the same one can continue each other.
-        unfinished: id of a run of the same identity that has not ended; None if there is none.
-        simulated: no route leads to a real model.
-    """
-
-    request: RunRequest
-    workflow: Workflow
-    spec: RunSpec
-    source: ItemSource
-    summary: ItemsSummary
-    estimate: Estimate
-    budget_nusd: int | None
-    identity: str
-    pack_hash: str
-    project_name: str
-    unfinished: str | None
-    simulated: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,16 +62,19 @@ class WorkflowManager:
 
     Args:
         config: the configuration.
-        redis_url: the broker; None takes the configured one. Needed from `execute_workflow` on.
+        redis_url: the broker; None takes the configured one. Needed by what publishes: `execute_workflow`, `resume`.
+        actor: who changes things, for the audit log; None is the person at this machine.
     """
 
-    def __init__(self, config: ConfigManager, redis_url: str | None = None) -> None:
+    def __init__(self, config: ConfigManager, redis_url: str | None = None, actor: str | None = None) -> None:
         self._config = config
         self._settings = config.settings
         self._redis_url = redis_url or self._settings.redis_url
-        self._files = FileManager(self._settings.home)
         self._held = ExitStack()
+        self._planner = Planner(config, self._held)
         self._database = Database(self._settings.database_url)
+        self._actor = actor or default_actor()
+        self._control = RunControl(self._database, self._actor)
 
     def __enter__(self) -> "WorkflowManager":
         return self
@@ -144,48 +105,7 @@ class WorkflowManager:
             InvalidInput: with all problems found.
             EnvironmentNotReady: the key of a provider that would be asked is missing.
         """
-        problems = list(_selection_problems(request))
-        if problems:
-            # So that the rows themselves are looked at all the same.
-            request = replace(request, limit=None, sample=None)
-        pack = _collect(problems, lambda: self._files.load_prompts(request.pack))
-        source, summary = self._scan(request, pack, problems)
-        if pack is None:
-            raise InvalidInput(problems)
-        examples = () if summary is None else summary.examples
-        workflow, found = validation.check_pack(_all_files(pack), str(pack.root), examples)
-        problems.extend(found)
-        if workflow is None:
-            raise InvalidInput(problems)
-        configured = cast("Mapping[str, Any]", self._config.get_workflow_config(workflow.name))
-        set_here: Mapping[str, Any] = configured.get("variables", {})
-        variables = _collect(
-            problems,
-            lambda: validation.read_variables(workflow, request.variables, set_here),
-        )
-        routes = self._routes(workflow, request, configured, problems)
-        budget = _budget(request, workflow, configured, problems)
-        keys = self._missing_keys(routes)
-        if problems or variables is None or source is None or summary is None:
-            raise InvalidInput([*problems, *keys])
-        if keys:
-            raise EnvironmentNotReady(keys)
-        spec = self._spec(workflow, pack, variables, routes)
-        identity = _identity(spec, pack, summary)
-        return Plan(
-            request=request,
-            workflow=workflow,
-            spec=spec,
-            source=source,
-            summary=summary,
-            estimate=estimate(workflow, spec, summary),
-            budget_nusd=budget,
-            identity=identity,
-            pack_hash=pack.sha256,
-            project_name=_project_name(request, pack),
-            unfinished=self._unfinished(identity),
-            simulated=self._is_simulated(routes),
-        )
+        return self._planner.plan(request, self._unfinished)
 
     def execute_workflow(
         self, plan: Plan, *, resume: str | None = None, on_stored: Callable[[int], None] = lambda _: None
@@ -209,8 +129,8 @@ class WorkflowManager:
         else:
             run, run_id = self.find_run(resume)
             self._renew_limits(run)
-            self._set_budget(run, plan.budget_nusd)
-            orchestrator.manage_state(run, "running", None, sources=("paused",))
+            self._control.set_budget(ledger.run_scope(run), plan.budget_nusd, run_id)
+            self._control.take_up(run)
             started = StartedRun(run, run_id, resumed=True)
         self._store_items(orchestrator, started.run, plan, on_stored)
         orchestrator.orchestrate(started.run)
@@ -259,109 +179,105 @@ class WorkflowManager:
 
         Raises:
             RunNotFound: none fits, or several do.
-            OrchestratorError: not all its items were stored; run the same command again with its input.
+            WrongState: not all its items were stored; run the same command again with its input.
         """
         run, run_id = self.find_run(name)
         with self._database.snapshot() as connection:
             row = work.run_row(connection, run)
         if not row.input_complete:
-            raise OrchestratorError(
-                f"run {run_id} has not stored all its items; repeat its `run` command to continue it"
-            )
-        if budget_usd is not None:
-            limit = parse_usd(str(budget_usd))
-            if limit is None:
-                raise InvalidInput(_bad_budget(str(budget_usd)))
-            self._set_budget(run, limit)
-        self._renew_limits(run)
+            raise WrongState(f"run {run_id} has not stored all its items; repeat its `run` command to continue it")
+        limit = None if budget_usd is None else _limit_of(budget_usd)
         orchestrator = self._orchestrator()
-        orchestrator.manage_state(run, "running", None, sources=("paused",))
+        if limit is not None:
+            self._control.set_budget(ledger.run_scope(run), limit, run_id)
+        self._renew_limits(run)
+        self._control.take_up(run)
         orchestrator.republish(run)
         return StartedRun(run, run_id, resumed=True)
 
     def pause(self, name: str) -> bool:
         """Pauses a running run; False if it was not running. Calls in flight may still settle."""
-        run, _ = self.find_run(name)
-        return self._orchestrator().manage_state(run, "paused", "user", sources=("pending", "running"))
+        return self._control.pause(self.find_run(name)[0])
 
     def cancel(self, name: str) -> bool:
         """Ends a run for good; False if it had ended already. Its finished answers stay."""
+        return self._control.cancel(self.find_run(name)[0])
+
+    def retry(self, name: str, *, failed: bool = True, unknown: bool = False) -> Retried:
+        """Asks calls that failed again, and takes the run up; see `orchestrator.control.RunControl.retry`.
+
+        Published at once when a broker is named, else by the workers' next look.
+
+        Args:
+            name: of the run.
+            failed: all calls that failed.
+            unknown: those of them whose last attempt ended in a way that nobody knows.
+
+        Raises:
+            RunNotFound: none fits, or several do.
+            WrongState: the run was cancelled or erased, or its items are not all stored.
+        """
         run, _ = self.find_run(name)
-        return self._orchestrator().manage_state(run, "cancelled", "user", sources=OPEN_RUN)
+        retried = self._control.retry(run, failed=failed, unknown=unknown)
+        if retried.failed and self._redis_url is not None:
+            self._orchestrator().republish(run)
+        return retried
 
-    def _scan(
-        self, request: RunRequest, pack: PackFiles | None, problems: list[Problem]
-    ) -> tuple[ItemSource | None, ItemsSummary | None]:
-        wanted: Path | str | None = request.input
-        if wanted is None and pack is not None:
-            wanted = pack.sample_items
-        if wanted is None:
-            if pack is None:
-                return None, None
-            problems.append(
-                Problem("items.none", "the pack has no sample items", str(pack.root), "name a file with --input")
-            )
-            return None, None
-        try:
-            source = self._held.enter_context(open_source(wanted, request.input_format))  # pyright: ignore[reportArgumentType]  # the reader checks the format
-            key_field = None if pack is None else _key_field(pack)
-            summary = scan_items(source, key_field, request.limit, request.sample, request.seed)
-        except InvalidInput as error:
-            problems.extend(error.problems)
-            return None, None
-        problems.extend(summary.problems)
-        return source, summary
+    def set_priority(self, name: str, priority: int) -> bool:
+        """Gives a run another priority; higher ones go first. False if it had that one."""
+        return self._control.set_priority(self.find_run(name)[0], priority)
 
-    def _routes(
-        self, workflow: Workflow, request: RunRequest, configured: Mapping[str, Any], problems: list[Problem]
-    ) -> dict[str, tuple[Route, ...]]:
-        wishes = routing.Preferences(
-            default_provider=self._settings.default_provider,
-            provider=request.provider,
-            model=request.model,
-            workflow_provider=configured.get("provider"),
-            workflow_model=configured.get("model"),
-            fallback_provider=self._settings.global_.fallback_provider,
-            allow_unpriced=request.allow_unpriced,
-        )
-        routes: dict[str, tuple[Route, ...]] = {}
-        for step in workflow.steps:
-            if step.asks():
-                place = f"step {step.name!r}"
-                chosen = routing.choose(workflow, step, wishes, self._settings.providers, price_for, place)
-                problems.extend(one for one in chosen.problems if one not in problems)
-                routes[step.name] = chosen.routes
-        return routes
+    def budgets(self, name: str | None = None) -> list[Budget]:
+        """Budgets: those that an attempt of a run would be held against now, or all but those of runs that ended."""
+        with self._database.snapshot() as connection:
+            if name is None:
+                return ledger.find_budgets(connection, costs.current_scopes(connection))
+            run, _ = reports.find_run(connection, name)
+            workflow, clock_s = work.run_row(connection, run).workflow_id, reports.clock(connection)
+            scopes = {s for one in self._settings.providers for s in ledger.scopes_of(run, workflow, one, clock_s)}
+            return ledger.find_budgets(connection, scopes)
 
-    def _missing_keys(self, routes: Mapping[str, tuple[Route, ...]]) -> list[Problem]:
-        problems: list[Problem] = []
-        for name in sorted({route.provider for chosen in routes.values() for route in chosen}):
-            try:
-                self._config.get_llm_config(name)
-            except EnvironmentNotReady as error:
-                problems.extend(error.problems)
-        return problems
+    def set_budget(self, name: str, limit_usd: Decimal | None) -> Budget:
+        """Changes the limit of a budget; None is no limit. Takes no run up by itself.
 
-    def _spec(
-        self, workflow: Workflow, pack: PackFiles, variables: Mapping[str, Any], routes: Mapping[str, tuple[Route, ...]]
-    ) -> RunSpec:
-        worker, shared = self._settings.worker, self._settings.global_
-        return RunSpec(
-            workflow=workflow,
-            pack_files=_all_files(pack),
-            variables=variables,
-            routes=routes,
-            window_size=worker.window_size,
-            shard_size=worker.shard_size,
-            lanes=worker.lanes,
-            cache_ttl_s=shared.cache_ttl_s if shared.enable_caching else 0,
-            min_output_tokens=shared.min_output_tokens,
-            retry_unknown=shared.retry_unknown,
-        )
+        Args:
+            name: a run, `global`, `workflow:NAME`, `provider:NAME`, `day` or `day:DATE`.
+            limit_usd: US dollars; below what is spent and in flight it becomes that sum.
 
-    def _is_simulated(self, routes: Mapping[str, tuple[Route, ...]]) -> bool:
-        used = {chosen[0].provider for chosen in routes.values() if chosen}
-        return bool(used) and all(self._settings.providers[name].dialect == "simulator" for name in used)
+        Raises:
+            RunNotFound: the name fits none of these.
+            InvalidInput: the amount is none.
+        """
+        limit = None if limit_usd is None else _limit_of(limit_usd)
+        scope, run_id = budget_scope(self._database, name)
+        return self._control.set_budget(scope, limit, run_id)
+
+    def limits(self) -> dict[str, Override]:
+        """Limits of providers that were changed and win over the configuration, by provider."""
+        with self._database.snapshot() as connection:
+            return limits.overrides(connection)
+
+    def set_limits(
+        self, provider: str, *, rpm: int | None = None, tpm: int | None = None, concurrency: int | None = None
+    ) -> Override:
+        """Changes limits of a provider on all workers; 0 pauses it, None leaves that limit as it is.
+
+        Raises:
+            InvalidInput: there is no such provider.
+        """
+        wanted = {"rpm": rpm, "tpm": tpm, "concurrency": concurrency}
+        self._require_provider(provider)
+        return self._control.set_limits(provider, {name: n for name, n in wanted.items() if n is not None})
+
+    def clear_limits(self, provider: str) -> Override:
+        """Leaves the limits of a provider to the configuration again."""
+        self._require_provider(provider)
+        return self._control.clear_limits(provider)
+
+    def _require_provider(self, name: str) -> None:
+        known = self._settings.providers
+        if name not in known:
+            raise InvalidInput(Problem("provider.unknown", "no such provider", name, did_you_mean(name, known)))
 
     def _unfinished(self, identity: str) -> str | None:
         try:
@@ -417,10 +333,6 @@ class WorkflowManager:
         with self._database.transaction() as connection:
             intake.complete_input(connection, run)
 
-    def _set_budget(self, run: int, limit_nusd: int | None) -> None:
-        with self._database.transaction() as connection:
-            ledger.set_limit(connection, ledger.run_scope(run), limit_nusd)
-
     def _limits(self, connection: Connection, workflow: str) -> dict[str, int | None]:
         """The limits that the configuration sets beside those of single runs, by scope."""
         shared = self._settings.global_
@@ -439,7 +351,7 @@ class WorkflowManager:
             intake.set_limits(connection, self._limits(connection, row.workflow_id))
 
     def _orchestrator(self) -> WorkflowOrchestrator:
-        return WorkflowOrchestrator(self._database, self._app())
+        return WorkflowOrchestrator(self._database, self._app(), actor=self._actor)
 
     def _app(self) -> Celery:
         if self._redis_url is None:
@@ -448,65 +360,11 @@ class WorkflowManager:
         return make_app(self._redis_url, tuple(self._settings.providers), self._settings.queue_prefix)
 
 
-def _selection_problems(request: RunRequest) -> Iterator[Problem]:
-    for name, wanted in (("limit", request.limit), ("sample", request.sample)):
-        if wanted is not None and wanted < 1:
-            yield Problem("items.bad-selection", f"{name} must be at least 1, not {wanted}", f"--{name}")
-
-
-def _collect(problems: list[Problem], read: Callable[[], T]) -> T | None:
-    try:
-        return read()
-    except InvalidInput as error:
-        problems.extend(error.problems)
-        return None
-
-
-def _all_files(pack: PackFiles) -> dict[str, str]:
-    return {WORKFLOW_FILE: pack.workflow_text, **pack.files}
-
-
-def _key_field(pack: PackFiles) -> str | None:
-    # What is wrong with the declaration is told by the check of the pack; the items are looked at all the same.
-    workflow = inspect_workflow(pack.workflow_text, WORKFLOW_FILE).workflow
-    return None if workflow is None else workflow.item_key
-
-
-def _budget(
-    request: RunRequest, workflow: Workflow, configured: Mapping[str, Any], problems: list[Problem]
-) -> int | None:
-    wanted = request.budget_usd if request.budget_usd is not None else configured.get("budget_usd")
-    text = workflow.budget.max_usd if wanted is None else str(wanted)
-    if text is None:
-        return None
-    limit = parse_usd(text)
-    # The workflow's own one was looked at with the rest of its declaration.
-    if limit is None and wanted is not None:
-        problems.append(_bad_budget(text))
+def _limit_of(amount: Decimal) -> int:
+    limit = parse_usd(str(amount))
+    if limit is None:
+        raise InvalidInput(bad_budget(str(amount)))
     return limit
-
-
-def _bad_budget(text: str) -> Problem:
-    return Problem("budget.invalid", f"the budget must be a number of US dollars above 0, not {text}", "--budget")
-
-
-def _identity(spec: RunSpec, pack: PackFiles, summary: ItemsSummary) -> str:
-    routes = {
-        step: [(route.provider, route.model, route.max_output_tokens, route.temperature) for route in chosen]
-        for step, chosen in sorted(spec.routes.items())
-    }
-    asked = (pack.sha256, summary.sha256, sorted(spec.variables.items()), routes)
-    return sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
-
-
-def _project_name(request: RunRequest, pack: PackFiles) -> str:
-    match request.input:
-        case None:
-            return f"{pack.name} samples"
-        case "-":
-            return "stdin"
-        case path:
-            return Path(path).stem
 
 
 def _batches(rows: Iterable[tuple[int, str, str]], first: int) -> Iterator[list[tuple[int, str, str]]]:

@@ -6,7 +6,7 @@ The sums are made by the database over `llm_usage`, in whole nano-dollars, so th
 from datetime import datetime
 from typing import Any, Literal
 
-from sqlalchemy import ColumnElement, Connection, Label, RowMapping, Select, func, select
+from sqlalchemy import ColumnElement, Connection, Label, RowMapping, Select, func, literal, or_, select
 
 from orchestrator.database.tables import ATTEMPT_STATES, llm_usage, workflow_executions
 from orchestrator.money import usd
@@ -116,3 +116,11 @@ def totals(connection: Connection, run: int) -> dict[str, int]:
     """Sums over the attempts of one run: `cost_nusd`, `unconfirmed_nusd`, `input`, `output`, `cached`."""
     _, tokens, spent = by_outcome(connection, run)
     return {"cost_nusd": spent["all"], "unconfirmed_nusd": spent["unknown"], **tokens}
+
+
+def current_scopes(connection: Connection) -> list[str]:
+    """The names of all budgets but those of runs that have ended."""
+    own = literal("run:") + _runs.id.cast(budgets.c.scope.type)
+    of_open_runs = select(own).where(_runs.status.in_(("pending", "running", "paused")))
+    wanted = or_(~budgets.c.scope.startswith("run:"), budgets.c.scope.in_(of_open_runs))
+    return list(connection.execute(select(budgets.c.scope).where(wanted)).scalars())
