@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from sqlalchemy import ColumnElement, Connection, Label, RowMapping, Select, func, literal, or_, select
 
-from orchestrator.database.tables import ATTEMPT_STATES, llm_usage, workflow_executions
+from orchestrator.database.tables import ATTEMPT_STATES, budgets, llm_usage, workflow_executions
 from orchestrator.money import usd
 
 Grouping = Literal["run", "provider", "model", "step", "day"]
