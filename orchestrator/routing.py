@@ -71,8 +71,8 @@ def choose(
     for name, model, reason in _wanted(workflow, step, wishes):
         config = providers.get(name)
         if config is None:
-            message = f"step {step.name!r} asks {name!r}, which is not a configured provider"
-            problems.append(Problem("route.unknown-provider", message, place, did_you_mean(name, providers)))
+            asked_at = "--provider" if name == wishes.provider else place
+            problems.append(_not_configured(name, asked_at, providers))
             continue
         found = _route(workflow, step, config, model, reason, price_of, place, wishes.allow_unpriced)
         if isinstance(found, Problem):
@@ -80,6 +80,18 @@ def choose(
         elif all((found.provider, found.model) != (other.provider, other.model) for other in routes):
             routes.append(found)
     return Chosen(tuple(routes), tuple(problems))
+
+
+def _not_configured(name: str, place: str, providers: Mapping[str, LLMProviderConfig]) -> Problem:
+    row = load_catalog().providers.get(name)
+    if row is None:
+        hint = did_you_mean(name, {*providers, *load_catalog().providers})
+        return Problem("route.unknown-provider", f"no provider is called {name!r}", place, hint)
+    if row.key_required and row.key_env:
+        hint = f"export {row.key_env}=..., or put it into .env"
+        return Problem("key.missing", f"provider {name!r} needs a key, and {row.key_env} is not set", place, hint)
+    hint = f"add [llm_providers.{name}] to llm-orchestrator.toml"
+    return Problem("route.unknown-provider", f"provider {name!r} is not configured", place, hint)
 
 
 def _wanted(workflow: Workflow, step: Step, wishes: Preferences) -> Iterator[tuple[str, str | None, str]]:

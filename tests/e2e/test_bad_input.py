@@ -227,7 +227,7 @@ CASES: dict[str, Case] = {
     "budget-no-number": Case((("budget.invalid", "--budget"),), request={"budget_usd": Decimal("NaN")}),
     "budget-too-small-to-exist": Case((("budget.invalid", "--budget"),), request={"budget_usd": Decimal("1e-12")}),
     "unknown-provider": Case(
-        (("route.unknown-provider", "step 'look'"), ("route.unknown-provider", "step 'check'")),
+        (("route.unknown-provider", "--provider"),),
         request={"provider": "simulatr"},
         hint="did you mean 'simulator'?",
     ),
@@ -302,8 +302,7 @@ CASES: dict[str, Case] = {
             ("template.invalid", "look.md.j2:2:4"),
             ("variable.unknown", "--var colour"),
             ("budget.invalid", "--budget"),
-            ("route.unknown-provider", "step 'look'"),
-            ("route.unknown-provider", "step 'check'"),
+            ("route.unknown-provider", "--provider"),
         ),
         {
             "pack/workflow.toml": WORKFLOW.replace("minimum = 0", "minimum = 20")

@@ -151,7 +151,13 @@ def test_a_cap_beyond_the_models_own_is_lowered():
 def test_a_provider_that_is_not_configured_is_told_and_the_others_are_kept():
     found, (problem,) = routes(provider="rde", of_step=Routing(fallback=("blue",)))
     assert [route.provider for route in found] == ["blue"]
-    assert (problem.code, problem.place, problem.hint) == ("route.unknown-provider", "step 's'", "did you mean 'red'?")
+    assert (problem.code, problem.place, problem.hint) == ("route.unknown-provider", "--provider", "did you mean 'red'?")
+
+
+def test_a_vendor_without_its_key_is_told_by_the_variable():
+    _, (problem,) = routes(provider="openai")
+    assert problem.code == "key.missing"
+    assert "OPENAI_API_KEY" in problem.message
 
 
 def test_a_provider_without_a_model_asks_for_one():
