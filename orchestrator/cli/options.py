@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from datetime import timedelta
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -13,6 +14,8 @@ Progress = Literal["auto", "plain", "none"]
 
 Json = Annotated[bool, typer.Option("--json", help="Write JSON.")]
 RunName = Annotated[str, typer.Argument(metavar="RUN", help="A run: its id, a part of it, or `latest`.")]
+Actor = Annotated[str | None, typer.Option("--as", metavar="NAME", help="Who does it, for the audit log.")]
+Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
 PackName = Annotated[str, typer.Argument(metavar="PACK", help="A shipped pack's name, or a folder.")]
 
 
@@ -88,6 +91,19 @@ def read_usd(text: str | None) -> Decimal | None:
     if not amount.is_finite() or amount <= 0:
         raise typer.BadParameter(f"{text!r} is no amount above 0", param_hint="--budget")
     return amount
+
+
+_UNITS_S = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 604_800}
+
+
+def read_age(text: str | None) -> timedelta | None:
+    """A length of time such as `90d`, `12h` or `2w`."""
+    if text is None:
+        return None
+    number, unit = text[:-1], text[-1:]
+    if not (number.isascii() and number.isdigit()) or unit not in _UNITS_S or len(number) > 6:
+        raise typer.BadParameter(f"{text!r} is no time such as 90d, 12h or 30m", param_hint="--older-than")
+    return timedelta(seconds=int(number) * _UNITS_S[unit])
 
 
 def read_max_failures(text: str) -> str:

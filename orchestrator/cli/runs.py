@@ -1,4 +1,4 @@
-"""Declares what is done with runs: start, follow, pause, resume, cancel, list."""
+"""Declares how runs are started, taken up again, followed and listed; `control` changes them while they go on."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import typer
 
 from orchestrator.cli.lazy import act
 from orchestrator.cli.options import (
+    Actor,
     Asked,
     Budget,
     Detach,
@@ -26,6 +27,7 @@ from orchestrator.cli.options import (
     Sample,
     Seed,
     Var,
+    Yes,
     home_of,
     plain_app,
     read_max_failures,
@@ -87,6 +89,7 @@ def resume(
     ctx: typer.Context,
     name: RunName,
     budget: Budget = None,
+    actor: Actor = None,
     max_failures: MaxFailures = "0",
     progress: ProgressOption = "auto",
     detach: Detach = False,
@@ -94,19 +97,41 @@ def resume(
 ) -> None:
     """Take a paused or interrupted run up again and follow it to its end; with --budget, under a new budget."""
     follow = Follow(as_json=json, detach=detach, progress=progress, max_failures=read_max_failures(max_failures))
-    act("runs.resume", name, read_usd(budget), follow, home=home_of(ctx), arguments=sys.argv[1:])
+    act("runs.resume", name, read_usd(budget), follow, home=home_of(ctx), actor=actor, arguments=sys.argv[1:])
 
 
-@app.command("pause")
-def pause(ctx: typer.Context, name: RunName, json: Json = False) -> None:
-    """Stop asking; calls in flight may still end. `resume` goes on."""
-    act("runs.pause", name, home=home_of(ctx), as_json=json)
+@app.command("retry")
+def retry(
+    ctx: typer.Context,
+    name: RunName,
+    failed: Annotated[bool, typer.Option("--failed", help="All calls that failed; the default.")] = False,
+    unknown: Annotated[
+        bool, typer.Option("--unknown", help="Those of them whose last attempt ended in a way that nobody knows.")
+    ] = False,
+    actor: Actor = None,
+    yes: Yes = False,
+    max_failures: MaxFailures = "0",
+    progress: ProgressOption = "auto",
+    detach: Detach = False,
+    json: Json = False,
+) -> None:
+    """Ask calls that failed again, with fresh attempts, and follow the run to its end.
 
-
-@app.command("cancel")
-def cancel(ctx: typer.Context, name: RunName, json: Json = False) -> None:
-    """End a run for good; its answers stay."""
-    act("runs.cancel", name, home=home_of(ctx), as_json=json)
+    What was skipped for want of their answers is decided anew, and rankings and other steps that look at all items are
+    done anew behind them. Completed answers about items are never asked again.
+    """
+    follow = Follow(as_json=json, detach=detach, progress=progress, max_failures=read_max_failures(max_failures))
+    act(
+        "runs.retry",
+        name,
+        follow,
+        home=home_of(ctx),
+        actor=actor,
+        failed=failed or not unknown,
+        unknown=unknown,
+        is_agreed=yes,
+        arguments=sys.argv[1:],
+    )
 
 
 @app.command("status")

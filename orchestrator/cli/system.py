@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from orchestrator.cli.lazy import act
-from orchestrator.cli.options import Json, home_of, plain_app
+from orchestrator.cli.options import Json, home_of, plain_app, read_age
 
 app = plain_app()
 config_app = plain_app(help="Show the settings in force.")
@@ -42,18 +42,24 @@ def check(ctx: typer.Context, json: Json = False) -> None:
 
 @cache_app.command("stats")
 def stats(ctx: typer.Context, json: Json = False) -> None:
-    """Show how much is kept."""
+    """Show how much is kept, and what it saved in every run."""
     act("cache.stats", home=home_of(ctx), as_json=json)
 
 
 @cache_app.command("purge")
 def purge(
     ctx: typer.Context,
+    expired: Annotated[bool, typer.Option("--expired", help="What has expired; the default.")] = False,
     all: Annotated[bool, typer.Option("--all", help="Everything, not only what has expired.")] = False,
+    older_than: Annotated[
+        str | None, typer.Option(metavar="AGE", help="What was kept for longer: 30d, 12h, ...")
+    ] = None,
     json: Json = False,
 ) -> None:
-    """Remove answers that have expired."""
-    act("cache.purge", home=home_of(ctx), everything=all, as_json=json)
+    """Remove answers that have expired, or others."""
+    if expired + all + (older_than is not None) > 1:
+        raise typer.BadParameter("--expired, --all and --older-than exclude each other")
+    act("cache.purge", home=home_of(ctx), everything=all, older_than=read_age(older_than), as_json=json)
 
 
 @app.command("worker")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
+from decimal import Decimal
 from typing import Any
 
 import typer
@@ -53,14 +55,38 @@ def confirm_cost(plan: Plan, *, is_agreed: bool) -> None:
     if is_agreed or plan.estimate.cost_nusd <= ASK_ABOVE_NUSD:
         return
     likely = short_usd(plan.estimate.cost_nusd)
+    hint = f"the run would likely cost {likely}; agree with --yes, or look at: llm-orchestrator estimate"
+    confirm(f"Spend about {likely}?", hint)
+
+
+def confirm_retry(status: Mapping[str, Any], *, is_agreed: bool) -> None:
+    """Asks before failed calls of a run are asked again at a price, judged by those that were answered.
+
+    Raises:
+        Refused: the answer is no, or there is nobody to ask.
+    """
+    calls = status["calls"]
+    each = Decimal(status["cost_usd"]) / max(1, calls["completed"] + calls["failed"])
+    likely = int(each * calls["failed"] * NUSD_PER_USD)
+    if not is_agreed and likely > ASK_ABOVE_NUSD:
+        hint = f"asking {calls['failed']:,} calls again would likely cost {short_usd(likely)}; agree with --yes"
+        confirm(f"Spend about {short_usd(likely)}?", hint)
+
+
+def confirm(question: str, hint: str) -> None:
+    """Asks a person.
+
+    Raises:
+        Refused: the answer is no; or there is nobody to ask, and then it says the hint.
+    """
     if not sys.stdin.isatty():
-        raise Refused(f"the run would likely cost {likely}; agree with --yes, or look at: llm-orchestrator estimate")
+        raise Refused(hint)
     try:
-        agreed = typer.confirm(f"Spend about {likely}?", err=True)
+        agreed = typer.confirm(question, err=True)
     except typer.Abort:
         agreed = False
     if not agreed:
-        raise Refused("nothing was begun")
+        raise Refused("nothing was done")
 
 
 def estimate_object(plan: Plan) -> dict[str, Any]:

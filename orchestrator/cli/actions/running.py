@@ -15,9 +15,9 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from orchestrator.cli.actions.asking import confirm_cost, print_estimate, request_of
+from orchestrator.cli.actions.asking import confirm_cost, confirm_retry, print_estimate, request_of
 from orchestrator.cli.actions.detaching import run_detached
-from orchestrator.cli.actions.output import put_event, put_json, say
+from orchestrator.cli.actions.output import put_event, say
 from orchestrator.cli.actions.progress import Display, open_display
 from orchestrator.cli.actions.session import has_database, load_config, prepare, translated
 from orchestrator.cli.actions.summary import print_summary
@@ -34,8 +34,6 @@ from orchestrator.money import usd, usd_or_none
 LOOK_S = 0.25
 """How often a run is looked at: often enough that a small one does not wait for us."""
 LOCAL_LOG = "logs/local.log"
-_NO_BROKER = "redis://localhost"
-"""Pausing and cancelling are rows in the database and publish nothing, so that no address is ever connected to."""
 
 
 class Terminated(BaseException):
@@ -103,12 +101,20 @@ def run(
         return _execute(session, start, launched, follow)
 
 
-def resume(name: str, budget_usd: Decimal | None, follow: Follow, *, home: Path | None, arguments: list[str]) -> int:
+def resume(
+    name: str,
+    budget_usd: Decimal | None,
+    follow: Follow,
+    *,
+    home: Path | None,
+    actor: str | None,
+    arguments: list[str],
+) -> int:
     """Takes a run up again and follows it; returns the exit code."""
     config = load_config(home)
     if follow.detach and config.settings.is_local:
         return run_detached(config, arguments)
-    with _opened(config) as (session, held):
+    with _opened(config, actor) as (session, held):
         prepare(session.manager.database, config.settings)
         session.manager.find_run(name)
 
@@ -122,39 +128,42 @@ def resume(name: str, budget_usd: Decimal | None, follow: Follow, *, home: Path 
         return _execute(session, start, launched, follow)
 
 
-def pause(name: str, *, home: Path | None, as_json: bool) -> None:
-    """Pauses a run. Safe to repeat."""
-    _move(name, home, as_json, WorkflowManager.pause, "paused")
-
-
-def cancel(name: str, *, home: Path | None, as_json: bool) -> None:
-    """Ends a run for good. Safe to repeat."""
-    _move(name, home, as_json, WorkflowManager.cancel, "cancelled")
-
-
-def _move(
-    name: str, home: Path | None, as_json: bool, verb: Callable[[WorkflowManager, str], bool], state: str
-) -> None:
+def retry(
+    name: str,
+    follow: Follow,
+    *,
+    home: Path | None,
+    actor: str | None,
+    failed: bool,
+    unknown: bool,
+    is_agreed: bool,
+    arguments: list[str],
+) -> int:
+    """Asks calls that failed again and follows the run; returns the exit code."""
     config = load_config(home)
-    with WorkflowManager(config) as manager, translated(manager.database.address):
-        prepare(manager.database, config.settings)
-        run, run_id = manager.find_run(name)
-        if config.settings.is_local:
-            manager.use_broker(_NO_BROKER)
-        changed = verb(manager, run_id)
-        status = manager.track_progress(run)
-    if as_json:
-        put_json({"run_id": run_id, "changed": changed, "status": status["status"], "reason": status["reason"]})
-    elif changed:
-        say(f"run {run_id} is {state}")
-    else:
-        say(f"run {run_id} was {status['status']} already")
+    with _opened(config, actor) as (session, held):
+        prepare(session.manager.database, config.settings)
+        run, run_id = session.manager.find_run(name)
+        confirm_retry(session.manager.track_progress(run), is_agreed=is_agreed)
+        if follow.detach and config.settings.is_local:
+            return run_detached(config, [*arguments, "--yes"])
+
+        def start() -> StartedRun:
+            session.start_engine(held)
+            retried = session.manager.retry(run_id, failed=failed, unknown=unknown)
+            say(f"{retried.failed:,} calls are asked again, {retried.following:,} are decided anew behind them")
+            return StartedRun(run, run_id, resumed=True)
+
+        def launched(started: StartedRun) -> None:
+            put_event("launch", run_id=started.run_id, resumed=True)
+
+        return _execute(session, start, launched, follow)
 
 
 @contextmanager
-def _opened(config: ConfigManager) -> Generator[tuple[_Session, ExitStack]]:
+def _opened(config: ConfigManager, actor: str | None = None) -> Generator[tuple[_Session, ExitStack]]:
     # The engine is entered into the stack last, so it is stopped before the manager closes the database.
-    with _sigterm_raises(), WorkflowManager(config) as manager, ExitStack() as held:
+    with _sigterm_raises(), WorkflowManager(config, actor=actor) as manager, ExitStack() as held:
         yield _Session(config, manager), held
 
 

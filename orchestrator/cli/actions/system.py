@@ -7,6 +7,7 @@ import platform
 import signal
 import sys
 from collections.abc import Iterable
+from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
@@ -18,6 +19,7 @@ from orchestrator.cli.actions.session import load_config, prepare, reading, tran
 from orchestrator.config import ConfigManager
 from orchestrator.database import Database, cache, migrate
 from orchestrator.errors import EnvironmentNotReady, ExitCode, Problem, did_you_mean
+from orchestrator.money import usd
 from orchestrator.settings import LLMProviderConfig
 from providers.catalog import load_catalog, provider_names
 
@@ -136,23 +138,32 @@ def _tell_revision(database: Database, as_json: bool) -> None:
 
 
 def show_cache(*, home: Path | None, as_json: bool) -> None:
-    """Shows how much is kept."""
+    """Shows how much is kept, and what it saved."""
+    kept = {"entries": 0, "expired": 0, "bytes": 0, "hits": 0, "saved_nusd": 0}
+    saved: list[cache.Savings] = []
     with reading(load_config(home)) as connection:
-        kept = {"entries": 0, "expired": 0, "bytes": 0} if connection is None else cache.stats(connection)
+        if connection is not None:
+            kept, saved = cache.stats(connection), cache.savings(connection)
+    total = usd(kept.pop("saved_nusd"))
     if as_json:
-        put_json(kept)
-    else:
-        console().print(facts({name: f"{number:,}" for name, number in kept.items()}))
+        runs = [{"run_id": one.run_id, "hits": one.hits, "saved_usd": usd(one.saved_nusd)} for one in saved]
+        put_json({**kept, "saved_usd": total, "runs": runs})
+        return
+    out = console()
+    out.print(facts({**{name: f"{number:,}" for name, number in kept.items()}, "saved": f"${total}"}))
+    if saved:
+        rows = [[one.run_id, f"{one.hits:,}", usd(one.saved_nusd)] for one in saved]
+        out.print(table(("run", "hits>", "saved $>"), rows))
 
 
-def purge_cache(*, home: Path | None, everything: bool, as_json: bool) -> None:
-    """Removes answers that have expired, or all of them."""
+def purge_cache(*, home: Path | None, everything: bool, older_than: timedelta | None, as_json: bool) -> None:
+    """Removes answers that have expired, or were kept for longer than a time, or all of them."""
     config = load_config(home)
     database = Database(config.settings.database_url)
     try:
         prepare(database, config.settings)
         with translated(database.address), database.transaction() as connection:
-            removed = cache.purge(connection, everything=everything)
+            removed = cache.purge(connection, everything=everything, older_than=older_than)
     finally:
         database.close()
     if as_json:
