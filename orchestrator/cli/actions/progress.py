@@ -62,6 +62,7 @@ def one_line(status: Mapping[str, Any], rate: float | None = None) -> str:
         parts.append(f"about {duration(status['eta_seconds'])} left")
     if status["bound_by"]:
         parts.append(f"bound by {status['bound_by']}")
+    parts += status["warnings"][:1]
     return ", ".join(parts)
 
 

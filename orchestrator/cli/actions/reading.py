@@ -20,7 +20,8 @@ from orchestrator.money import usd
 from orchestrator.reports.layouts import Format, format_of, layout, write_parquet
 from orchestrator.reports.rows import result_rows
 
-_TOTALS = ("calls", "attempts", "input_tokens", "output_tokens", "cached_tokens")
+_TOTALS = ("calls", "attempts", "unknown_attempts", "input_tokens", "output_tokens", "cached_tokens")
+_MONEY = ("cost_usd", "unconfirmed_usd")
 
 
 def write_results(
@@ -144,20 +145,25 @@ def print_costs(groups: list[dict[str, Any]]) -> None:
     if not groups:
         console(err=True).print("nothing was spent")
         return
-    names = [name for name in groups[0] if name not in (*_TOTALS, "cost_usd", "unconfirmed_usd")]
+    names = [name for name in groups[0] if name not in (*_TOTALS, *_MONEY)]
     rows = [
-        [*(group[name] for name in names), *(f"{group[name]:,}" for name in _TOTALS), f"${group['cost_usd']}"]
+        [
+            *(group[name] for name in names),
+            *(f"{group[name]:,}" for name in _TOTALS),
+            *(f"${group[name]}" for name in _MONEY),
+        ]
         for group in groups
     ]
     sums = [f"{sum(group[name] for group in groups):,}" for name in _TOTALS]
-    rows.append(["total", *[""] * (len(names) - 1), *sums, f"${usd(_sum(groups))}"])
-    columns = (*names, "calls>", "attempts>", "input tokens>", "output tokens>", "cached>", "cost>")
+    rows.append(["total", *[""] * (len(names) - 1), *sums, *(f"${usd(_sum(groups, name))}" for name in _MONEY)])
+    counted = ("calls>", "attempts>", "unknown>", "input tokens>", "output tokens>", "cached>")
+    columns = (*names, *counted, "cost>", "of it unconfirmed>")
     console().print(table(columns, rows))
 
 
-def _sum(groups: list[dict[str, Any]]) -> int:
+def _sum(groups: list[dict[str, Any]], name: str) -> int:
     """The sum of decimal strings in whole nano-USD."""
-    parts = [group["cost_usd"].partition(".") for group in groups]
+    parts = [group[name].partition(".") for group in groups]
     return sum(int(whole) * 10**9 + int(rest.ljust(9, "0")) for whole, _, rest in parts)
 
 

@@ -53,7 +53,9 @@ def print_status(status: Mapping[str, Any]) -> None:
     budget = "" if status["budget_usd"] is None else f" of ${status['budget_usd']}"
     reserved = "" if status["reserved_usd"] == "0.00" else f", ${status['reserved_usd']} reserved"
     unconfirmed = "" if status["unconfirmed_usd"] == "0.00" else f", of which ${status['unconfirmed_usd']} unconfirmed"
-    state = status["status"] if status["reason"] is None else f"{status['status']} ({status['reason']})"
+    reason = " ".join(told for told in (status["reason"], status["reason_detail"]) if told)
+    state = f"{status['status']} ({reason})" if reason else status["status"]
+    limits = [f"{one['scope']} ${one['spent_usd']} of ${one['limit_usd']}" for one in status["budgets"]]
     console().print(
         facts(
             {
@@ -65,6 +67,8 @@ def print_status(status: Mapping[str, Any]) -> None:
                 "attempts": _counted(status["attempts"]),
                 "tokens": f"{tokens['input']:,} in ({tokens['cached']:,} cached), {tokens['output']:,} out",
                 "cost": f"${status['cost_usd']}{budget}{reserved}{unconfirmed}",
+                "budgets": "; ".join(limits) or None,
+                "warning": "; ".join(status["warnings"]) or None,
                 "began": status["started_at"],
                 "ended": status["completed_at"],
                 "took": duration(status["duration_seconds"]),
