@@ -272,6 +272,7 @@ def settle(connection: Connection, settlements: Sequence[Settlement]) -> list[bo
     runs.end_calls(connection, ends)
     runs.add_costs(connection, late)
     windows.note_progress(connection, (rows[end[0]].window_id for end in ends))
+    windows.forget_sums(connection, (rows[one[0]].window_id for one in late))
     cache.store(connection, [one.keep for one, mine in zip(settlements, answers, strict=True) if mine and one.keep])
     return answers
 

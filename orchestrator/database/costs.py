@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from sqlalchemy import ColumnElement, Connection, Label, RowMapping, Select, func, literal, or_, select
 
+from orchestrator.database import windows
 from orchestrator.database.tables import ATTEMPT_STATES, budgets, llm_usage, workflow_executions
 from orchestrator.money import usd
 
@@ -89,27 +90,19 @@ def _cost_group(row: RowMapping, keys: tuple[Label[Any], ...]) -> dict[str, Any]
 
 
 def by_outcome(connection: Connection, run: int) -> tuple[dict[str, int], dict[str, int], dict[str, int]]:
-    """Attempts of a run by status, tokens by kind, and nano-USD: all of it and that of unknown outcome."""
-    query = (
-        select(
-            _usage.status,
-            func.count().label("attempts"),
-            *(func.sum(column).label(column.name) for column in _TOKENS),
-            func.sum(_usage.cost_nusd).label("cost_nusd"),
-        )
-        .where(_usage.workflow_execution_id == run)
-        .group_by(_usage.status)
-    )
-    rows = connection.execute(query).all()
-    counts: dict[str, int] = dict.fromkeys(ATTEMPT_STATES, 0)
-    counts.update({row.status: row.attempts for row in rows})
+    """Attempts of a run by status, tokens by kind, and nano-USD: all of it and that of unknown outcome.
+
+    Exact, and cheap at any size: see `windows.attempt_sums`.
+    """
+    sums = windows.attempt_sums(connection, run)
+    counts = dict.fromkeys(ATTEMPT_STATES, 0) | {status: one.attempts for status, one in sums.items()}
     tokens = {
-        "input": sum(int(row.input_tokens) for row in rows),
-        "output": sum(int(row.output_tokens) for row in rows),
-        "cached": sum(int(row.cached_tokens) for row in rows),
+        "input": sum(one.input_tokens for one in sums.values()),
+        "output": sum(one.output_tokens for one in sums.values()),
+        "cached": sum(one.cached_tokens for one in sums.values()),
     }
-    unknown = sum(int(row.cost_nusd) for row in rows if row.status == "unknown")
-    return counts, tokens, {"all": sum(int(row.cost_nusd) for row in rows), "unknown": unknown}
+    unknown = sums["unknown"].cost_nusd if "unknown" in sums else 0
+    return counts, tokens, {"all": sum(one.cost_nusd for one in sums.values()), "unknown": unknown}
 
 
 def totals(connection: Connection, run: int) -> dict[str, int]:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from sqlalchemy import Connection, Select, delete, insert, literal, or_, select, update
 from sqlalchemy.dialects import postgresql, sqlite
 
-from orchestrator.database import ledger, runs
+from orchestrator.database import ledger, runs, windows
 from orchestrator.database.engine import NOW, AnyRow
 from orchestrator.database.tables import llm_usage, locks, prompt_executions, workers, workflow_executions
 
@@ -105,10 +105,11 @@ def _with_open_attempts(holders: list[str]) -> Select[int]:
 def _free_calls(
     connection: Connection, holders: list[str], calls: list[int], with_attempts: set[int], *, lost: bool
 ) -> int:
-    runs.lock_calls(connection, with_attempts)
+    rows = runs.lock_calls(connection, with_attempts)
     attempts = ledger.find_attempts(connection, with_attempts).values()
     open_ones = [row for row in attempts if row.status in ledger.OPEN_ATTEMPT and row.worker_id in holders]
     unknown = ledger.book_unknown(connection, open_ones)
+    windows.forget_sums(connection, (rows[row.prompt_execution_id].window_id for row in open_ones))
     runs.add_costs(connection, [(row.prompt_execution_id, 0, 0, row.reserved_nusd) for row in open_ones])
     runs.free_calls(connection, calls, lost=lost, uncertain=[row.prompt_execution_id for row in open_ones])
     return unknown

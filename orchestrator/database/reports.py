@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from datetime import UTC
 from typing import Any
 
-from sqlalchemy import Connection, Row, func, literal, or_, select
+from sqlalchemy import Connection, Row, func, literal, not_, or_, select
 
 from orchestrator.database import costs, ledger
 from orchestrator.database.engine import NOW
@@ -363,17 +363,20 @@ def _eta(connection: Connection, row: Row[Any], calls: dict[str, int]) -> float 
     if row.status != "running":
         return None
     begin = clock(connection) - RATE_WINDOW_S
+    own = (_windows.workflow_execution_id == row.id) & (_windows.progress_at >= begin)
+    # Windows that were opened and closed meanwhile carry their counters: a fast run has many of them.
+    whole = (_windows.status == "closed") & (_windows.round == 1) & (_windows.published_at >= begin)
+    added = func.coalesce(func.sum(_windows.completed + _windows.failed), 0)
+    counted = connection.execute(select(added, func.min(_windows.published_at)).where(own, whole)).one()
     recent = (
         select(func.count(), func.min(_calls.completed_at))
-        .join(windows, _windows.id == _calls.window_id)
-        .where(
-            _windows.workflow_execution_id == row.id,
-            _windows.progress_at >= begin,
-            _calls.completed_at >= begin,
-            _calls.status.in_(("completed", "failed")),
-        )
+        .select_from(windows)
+        .join(prompt_executions, _windows.id == _calls.window_id)
+        .where(own, not_(whole), _calls.completed_at >= begin, _calls.status.in_(("completed", "failed")))
     )
-    ended, first = connection.execute(recent).one()
+    seen = connection.execute(recent).one()
+    ended = int(counted[0]) + seen[0]
+    first = min(one for one in (counted[1], seen[1], begin + RATE_WINDOW_S) if one is not None)
     if left == 0 or not ended:
         return 0.0 if left == 0 else None
     return round(left * max(1.0, begin + RATE_WINDOW_S - first) / ended, 1)

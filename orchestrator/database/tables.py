@@ -164,6 +164,7 @@ windows = Table(
     Column("cancelled", Integer, nullable=False, server_default="0", comment="calls, counted when it closed"),
     Column("items_failed", Integer, nullable=False, server_default="0", comment="items with a failed call"),
     Column("items_skipped", Integer, nullable=False, server_default="0", comment="items of which no call was asked"),
+    Column("attempts", Text, comment="JSON: sums over its attempts by status; NULL while they may still change"),
     _one_of("status", WINDOW_STATES),
     UniqueConstraint("workflow_execution_id", "segment", "number"),
     Index("ix_windows_run_status", "workflow_execution_id", "status"),

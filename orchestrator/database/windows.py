@@ -6,19 +6,51 @@ have ended; then its counters say what they came to, so that a report adds up wi
 All functions work inside the caller's transaction.
 """
 
+import json
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
-from sqlalchemy import Connection, and_, bindparam, exists, func, insert, or_, select, update
+from sqlalchemy import BigInteger, Connection, and_, bindparam, exists, func, insert, null, or_, select, update
 
 from orchestrator.database.engine import NOW, AnyRow
-from orchestrator.database.tables import prompt_executions, windows, workflow_executions
+from orchestrator.database.tables import llm_usage, prompt_executions, windows, workflow_executions
 
 _calls = prompt_executions.c
 _windows = windows.c
 _NOTE_PROGRESS = update(windows).where(_windows.id.in_(bindparam("ids", expanding=True))).values(progress_at=NOW)
 _runs = workflow_executions.c
+_usage = llm_usage.c
+_LIVE_SUMS = (
+    select(
+        _usage.status,
+        func.count().label("attempts"),
+        *(func.sum(one).cast(BigInteger).label(one.name) for one in (_usage.input_tokens, _usage.output_tokens)),
+        func.sum(_usage.cached_tokens).cast(BigInteger).label("cached_tokens"),
+        func.sum(_usage.cost_nusd).cast(BigInteger).label("cost_nusd"),
+    )
+    .select_from(windows)
+    .join(prompt_executions, _calls.window_id == _windows.id)
+    .join(llm_usage, _usage.prompt_execution_id == _calls.id)
+    .group_by(_usage.status)
+)
+
+
+@dataclass(frozen=True, slots=True)
+class AttemptSums:
+    """Attempts of one status: how many, their tokens, and their cost in nano-USD."""
+
+    attempts: int = 0
+    input_tokens: int = 0
+    output_tokens: int = 0
+    cached_tokens: int = 0
+    cost_nusd: int = 0
+
+    def plus(self, numbers: Sequence[int]) -> "AttemptSums":
+        """With further ones, in the order of the attributes."""
+        mine = (self.attempts, self.input_tokens, self.output_tokens, self.cached_tokens, self.cost_nusd)
+        return AttemptSums(*(one + more for one, more in zip(mine, numbers, strict=True)))
 
 
 def find(connection: Connection, window: int) -> AnyRow | None:
@@ -115,7 +147,43 @@ def close_done(connection: Connection, window: int) -> bool:
         .where(_windows.id == window, _windows.status == "open")
         .values(status="closed", wake_at=None, **_counts(window))
     )
+    if moved.rowcount == 1:
+        # Behind the lock on the row that the first statement took: whoever changes an attempt from here on waits for us
+        # and takes the sums away again.
+        sums = {row.status: list(row[1:]) for row in connection.execute(_LIVE_SUMS.where(_windows.id == window))}
+        text = json.dumps(sums, separators=(",", ":"))
+        connection.execute(update(windows).where(_windows.id == window).values(attempts=text))
     return moved.rowcount == 1
+
+
+def attempt_sums(connection: Connection, run: int) -> dict[str, AttemptSums]:
+    """Sums over the attempts of a run by status, exact at any time.
+
+    Windows keep theirs when they close, so that only the attempts of those at work are looked at one by one.
+    """
+    own = _windows.workflow_execution_id == run
+    kept = select(_windows.attempts, *(null().cast(one.type) for one in _LIVE_SUMS.selected_columns))
+    live = _LIVE_SUMS.where(own, _windows.attempts.is_(None))
+    # One statement sees one state: no window can close between its two halves.
+    both = kept.where(own, _windows.attempts.is_not(None)).union_all(
+        select(null().cast(_windows.attempts.type), *live.subquery().c)
+    )
+    found: dict[str, AttemptSums] = {}
+    for text, *live_row in connection.execute(both):
+        parts = [(live_row[0], live_row[1:])] if text is None else json.loads(text).items()
+        for status, numbers in parts:
+            found[status] = found.get(status, AttemptSums()).plus(numbers)
+    return found
+
+
+def forget_sums(connection: Connection, window_ids: Iterable[int]) -> None:
+    """Takes the kept sums of windows away: an attempt of theirs was settled late.
+
+    Call it behind the change: then a window that closes at the same time is either summed after it or forgotten.
+    """
+    ids = sorted(set(window_ids))
+    if ids:
+        connection.execute(update(windows).where(_windows.id.in_(ids)).values(attempts=None))
 
 
 def _counts(window: int) -> dict[str, Any]:
@@ -151,7 +219,7 @@ def take_back(connection: Connection, run: int, ids: Iterable[int], behind: int)
         behind: segment; of all later ones, open windows are taken back too.
     """
     zero = dict.fromkeys(("completed", "failed", "skipped", "cancelled", "items_failed", "items_skipped"), 0)
-    statement = update(windows).values(status="pending", wake_at=None, **zero)
+    statement = update(windows).values(status="pending", wake_at=None, attempts=None, **zero)
     for some in _pages(ids):
         again = or_(_windows.status == "closed", _windows.step.is_not(None))
         connection.execute(statement.where(_windows.id.in_(some), again))

@@ -355,6 +355,12 @@ def upgrade() -> None:
             nullable=False,
             comment="items of which no call was asked",
         ),
+        sa.Column(
+            "attempts",
+            sa.Text(),
+            nullable=True,
+            comment="JSON: sums over its attempts by status; NULL while they may still change",
+        ),
         sa.CheckConstraint("status IN ('pending', 'open', 'closed')", name=op.f("ck_windows_status_known")),
         sa.ForeignKeyConstraint(
             ["workflow_execution_id"],
