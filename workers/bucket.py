@@ -17,6 +17,8 @@ from workers.limits import LimiterUnavailable, Pool, Sighting
 from workers.terms import Terms
 
 CLOCK_SAMPLE_S = 10.0
+# Connecting and loading a script make the first round trip long, and its midpoint says little about the clock.
+FIRST_SAMPLES = 3
 
 _Reply = TypeVar("_Reply")
 
@@ -88,6 +90,11 @@ class Clock:
         self._offset_s = 0.0
         self._round_trip_s = math.inf
         self._read_at = -math.inf
+
+    @property
+    def is_known(self) -> bool:
+        """Whether there has been a sample."""
+        return self._read_at > -math.inf
 
     def learn(self, asked_at: float, heard_at: float, redis_us: int) -> None:
         """Take a sample that is nearly as quick as the best one, or any when the best one has grown old."""
@@ -170,10 +177,22 @@ class Bucket:
                 round(request.horizon_s * 1e6),
             )
             args += [request.costs.get(name, 0) for name in names]
+        if not self.clock.is_known:
+            await self._read_clock(now)
         asked_at = now()
         reply = await _answered(self._reserve(self._all_keys([pool for pool, _ in reach]), args))
         self.clock.learn(asked_at, now(), int(reply[1]))
         return _read_answer(reply)
+
+    async def _read_clock(self, now: "Now") -> None:
+        await _answered(self._server_time())
+        for _ in range(FIRST_SAMPLES):
+            asked_at = now()
+            seconds, microseconds = await _answered(self._server_time())
+            self.clock.learn(asked_at, now(), seconds * 1_000_000 + microseconds)
+
+    def _server_time(self) -> Awaitable[tuple[int, int]]:
+        return self._redis.time()  # pyright: ignore[reportUnknownMemberType]  # its keyword arguments have no types
 
     async def settle(self, pools: Sequence[Pool], corrections: Sequence[Correction], ttl_s: float) -> None:
         """Book what permits of the first pool really cost, adopt what the provider said, and end the leases.

@@ -13,7 +13,8 @@
 -- KEYS  state hash, slot hash, lease zset, receipt hash; then state, slots, leases of each wider pool (one hash tag)
 -- ARGV  1 longest horizon (us), 2 ttl (ms), 3 asker, 4 starved (0/1), 5 pools, 6 runs, 7 requests,
 --       pools * (incarnation known, last send time known (us), day counts known, max concurrent (0 = off), dimensions,
---                dimensions * (id, units, window us, slot us, cap, rate)),   calendar: (id, units, day us, 0, offset us, guard us)
+--                dimensions * (id, units, window us, slot us, cap, rate)),
+--                of a calendar: (id, units, day us, 0, offset us, guard us)
 --       runs * (id, weight),
 --       requests * (permit id, number of its run, lease us, horizon us, cost per dimension)
 -- Reply {status, now, not-before, wait us, reason, "time:reason;..." per request (empty = not granted),
@@ -30,7 +31,7 @@ local CHUNK = 64
 local CLOCK_STEP = 120000000
 local MINUTE = 60000000
 local RECOVERY = 0.02
--- How far (seconds of capacity) a run may be ahead of one that waits in another process: the time such a process needs to ask.
+-- How far (seconds of capacity) a run may be ahead of one that waits in another process, which needs time to ask.
 local LEAD = 0.25
 
 local function int(x) return string.format('%.0f', x) end
@@ -134,7 +135,9 @@ local function reply(status, wait, reason, granted)
     local days = {}
     for _, d in ipairs(dims) do
       if d.q == 0 and d.place == p then
-        for e, units in pairs(d.seen) do days[#days + 1] = d.id .. ':' .. int(e) .. '=' .. int(units + (d.added[e] or 0)) .. ';' end
+        for e, units in pairs(d.seen) do
+          days[#days + 1] = string.format('%s:%.0f=%.0f;', d.id, e, units + (d.added[e] or 0))
+        end
       end
     end
     told[#told + 1] = pool.incarnation

@@ -11,6 +11,8 @@ local clock = redis.call('TIME')
 local now = tonumber(clock[1]) * 1000000 + tonumber(clock[2])
 local RECEIPTS = KEYS[4]
 local ttl, npermits = ARGV[1], tonumber(ARGV[2])
+-- As in `workers.terms`.
+local SLOTS_PER_WINDOW = 600
 
 local function int(x) return string.format('%.0f', x) end
 
@@ -30,9 +32,12 @@ local function dimension(name)
     if record then
       local level, at, sum, first, tail, cap, rate = string.match(record, '^(.-)|(.-)|(.-)|(.-)|(.-)|(.-)|(.-)$')
       dims[name] = {
-        id = id, name = string.match(id, '^[^@]+'), own = place == 1, STATE = state, SLOTS = key(place, 2), level = tonumber(level), at = tonumber(at), sum = tonumber(sum),
+        id = id, name = string.match(id, '^[^@]+'), own = place == 1, STATE = state, SLOTS = key(place, 2),
+        level = tonumber(level), at = tonumber(at), sum = tonumber(sum),
         first = tonumber(first), tail = tonumber(tail), cap = tonumber(cap), rate = tonumber(rate)
       }
+      dims[name].window = tonumber(string.match(id, '@(.*)$'))
+      dims[name].q = math.max(1, math.ceil(dims[name].window / SLOTS_PER_WINDOW))
     elseif state and redis.call('EXISTS', key(place, 2)) == 1 then
       -- A calendar has no level, only its days.
       dims[name] = { id = id, name = string.match(id, '^[^@]+'), SLOTS = key(place, 2), days = true }
@@ -48,15 +53,37 @@ local function refill(d)
   end
 end
 
-local function correct(d, e, diff)
+-- The level as the slots tell it, to which requests that were due and never left have been given back: adding them up would
+-- not do, because the provider's own bucket was full meanwhile and gained less than they cost. Units count at the end of
+-- their slot, which is never too good.
+local function replay(d)
+  local level, at = d.cap, d.first * d.q
+  for from = d.first, d.tail, 100 do
+    local names = {}
+    for e = from, math.min(from + 99, d.tail) do names[#names + 1] = d.id .. ':' .. int(e) end
+    for k, units in ipairs(redis.call('HMGET', d.SLOTS, unpack(names))) do
+      local ends = math.max(at, math.min((from + k) * d.q, d.at))
+      level = math.min(d.cap, level + (ends - at) * d.rate) - tonumber(units or '0')
+      at = ends
+    end
+  end
+  level = math.min(d.cap, level + math.max(0, d.at - at) * d.rate)
+  d.level = math.max(d.level, math.min(level, d.level + d.unsent))
+end
+
+local function correct(d, e, diff, is_late)
   if diff == 0 then return end
   if d.days then
     redis.call('HINCRBY', d.SLOTS, d.id .. ':' .. int(e), int(-diff))
     return
   end
   refill(d)
-  -- May fall below zero: later requests wait the debt out.
-  d.level = math.min(d.cap, d.level + diff)
+  if is_late then
+    d.unsent = (d.unsent or 0) + diff
+  else
+    -- May fall below zero: later requests wait the debt out.
+    d.level = math.min(d.cap, d.level + diff)
+  end
   if e >= d.first then
     redis.call('HINCRBY', d.SLOTS, d.id .. ':' .. int(e), int(-diff))
     d.sum = d.sum - diff
@@ -71,8 +98,6 @@ local function adopt(d, sent, sum, level, units, limit, remaining, full_us)
     local seen = redis.call('HGET', d.STATE, 'a:' .. d.id)
     local heard, corrected = string.match(seen or '0|0', '^(.-)|(.-)$')
     d.heard, d.corrected = tonumber(heard), tonumber(corrected)
-    d.window = tonumber(string.match(d.id, '@(.*)$'))
-    d.q = math.max(1, math.ceil(d.window / 600))
   end
   if sent < d.heard then return end
   d.heard = sent
@@ -82,7 +107,9 @@ local function adopt(d, sent, sum, level, units, limit, remaining, full_us)
   end
   if remaining < 0 or sent <= d.corrected then return end
   local missing, e = units - sum - remaining, math.floor(now / d.q)
-  if full_us >= 0 then
+  if full_us >= 0 and full_us < 2 * d.q then
+    return
+  elseif full_us >= 0 then
     -- It lasts until the provider has everything again: counted as if it had been sent a window before that moment.
     e = math.min(e, math.floor((now + full_us - d.window) / d.q))
   else
@@ -126,7 +153,7 @@ for _ = 1, npermits do
       if d then
         local real = actual[d.name]
         if pairs_count < 0 then real = 0 end
-        if real then correct(d, tonumber(e), tonumber(cost) - real) end
+        if real then correct(d, tonumber(e), tonumber(cost) - real, pairs_count < 0 and sent < now) end
         local seen = told > 0 and d.own and sightings[d.name]
         if seen then adopt(d, sent, tonumber(sum), tonumber(level), unpack(seen)) end
       end
@@ -135,6 +162,7 @@ for _ = 1, npermits do
 end
 
 for _, d in pairs(dims) do
+  if d and d.unsent then replay(d) end
   if d and d.dirty then
     redis.call('HSET', d.STATE, 'd:' .. d.id, string.format('%.17g|%.0f|%.0f|%.0f|%.0f|%.17g|%.17g', d.level, d.at, d.sum,
       d.first, d.tail, d.cap, d.rate))

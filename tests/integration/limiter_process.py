@@ -1,7 +1,8 @@
-"""One of several processes that send as fast as a shared limit lets them; prints when each request really left."""
+"""One of several processes that send as fast as a shared limit lets them; prints when each left and was due."""
 
 import asyncio
 import json
+import random
 import sys
 import time
 
@@ -10,24 +11,30 @@ from redis.asyncio import Redis
 from workers.limiter import Limit, Limiter, Permit, Pool, PoolLimits
 
 ASKERS = 400
+MOST_LATE_S = 0.008
+TICK_S = 0.01
 
 
-async def main(url: str, units: int, window_s: float, seconds: float, name: str) -> None:
+async def main(url: str, units: int, window_s: float, seconds: float, name: str, kind: str = "requests") -> None:
     started_s = time.process_time()
     client = Redis.from_url(url)
     limiter = Limiter(client, "test", horizon_s=1.0)
     loop = asyncio.get_running_loop()
-    allowed = PoolLimits(extra=(Limit("rpm", units, window_s, max(1, units // 10)),))
+    allowed = PoolLimits(extra=(Limit("units", units, window_s, max(1, units // 10)),))
     until = loop.time() + seconds
-    sent: list[float] = []
+    left: list[float] = []
+    due: list[float] = []
+    costs: list[int] = []
+    chance = random.Random(name)
 
     async def sender(number: int) -> None:
         while loop.time() < until:
             number += ASKERS
+            cost = 1 if kind == "requests" else chance.randint(units // 1000, units // 20)
             got = await limiter.permit(
                 Pool("shared"),
                 allowed,
-                {"rpm": 1},
+                {"units": cost},
                 permit_id=f"{name}-{number}",
                 lease_s=10,
                 max_wait_s=max(0.0, until - loop.time()),
@@ -35,16 +42,31 @@ async def main(url: str, units: int, window_s: float, seconds: float, name: str)
             if not isinstance(got, Permit):
                 return
             if await limiter.wait_until_due(got):
-                sent.append(loop.time())
+                late_s = chance.uniform(0, MOST_LATE_S)
+                left.append(loop.time() + late_s)
+                due.append(got.send_us / 1e6 + late_s)
+                costs.append(cost)
                 limiter.settle(got)
             else:
                 limiter.release_unsent(got)
 
+    async def tick() -> None:
+        """Notes for how long this machine did not let the loop run."""
+        nonlocal stalled_s
+        while True:
+            before = loop.time()
+            await asyncio.sleep(TICK_S)
+            stalled_s += max(0.0, loop.time() - before - 1.5 * TICK_S)
+
+    stalled_s = 0.0
+    ticker = asyncio.create_task(tick())
     await asyncio.gather(*(sender(number) for number in range(ASKERS)))
+    ticker.cancel()
     await limiter.aclose()
     await client.aclose()
-    print(json.dumps({"sent": sent, "cpu_s": time.process_time() - started_s}))
+    used_s = time.process_time() - started_s
+    print(json.dumps({"left": left, "due": due, "costs": costs, "cpu_s": used_s, "stalled_s": stalled_s}))
 
 
 if __name__ == "__main__":
-    asyncio.run(main(sys.argv[1], int(sys.argv[2]), float(sys.argv[3]), float(sys.argv[4]), sys.argv[5]))
+    asyncio.run(main(sys.argv[1], int(sys.argv[2]), float(sys.argv[3]), float(sys.argv[4]), *sys.argv[5:]))

@@ -2,13 +2,9 @@
 
 import asyncio
 import contextlib
-import json
 import math
-import subprocess
-import sys
 import time
 from collections.abc import AsyncIterator, Sequence
-from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -22,7 +18,6 @@ from workers.bucket import Bucket, Correction
 from workers.limiter import Limit, Limiter, LimiterUnavailable, Permit, Pool, PoolLimits, Refused
 
 POOL = Pool("simulator:abc123:small")
-ROOT = Path(__file__).parents[2]
 
 
 @contextlib.asynccontextmanager
@@ -104,7 +99,7 @@ def test_no_strict_provider_would_refuse_what_was_granted(
 
 
 @pytest.mark.parametrize("burst", [1, 6, 60])
-def test_a_saturated_pool_is_used_to_97_percent(valkey, burst):
+def test_a_saturated_pool_is_used_to_98_percent(valkey, burst):
     async def scenario() -> list[Permit]:
         async with limiter(valkey, horizon_s=60.0) as found:
             asks = (granted(found, limits(60, 3.0, burst), f"p{n}", max_wait_s=60.0) for n in range(900))
@@ -113,7 +108,7 @@ def test_a_saturated_pool_is_used_to_97_percent(valkey, burst):
     moments = [permit.send_at for permit in asyncio.run(scenario())]
     used = 900 / 60 * 3.0 / (moments[-1] - moments[0] + 3.0 / 60)
     print(f"burst {burst}: {used:.1%} used")
-    assert used >= 0.97
+    assert used >= 0.98
 
 
 def test_mixed_request_sizes_use_most_of_a_token_limit(valkey):
@@ -131,28 +126,6 @@ def test_mixed_request_sizes_use_most_of_a_token_limit(valkey):
     print(f"mixed sizes: {used:.1%} used")
     assert sliding_log(sent, 3000, 3.0) == 0
     assert used >= 0.97
-
-
-def test_processes_share_one_limit_exactly_and_fully(valkey):
-    """Three processes, two seconds' window, real clocks: what counts is when a request really left."""
-    units, window_s, seconds = 200, 2.0, 6.0
-    command = [sys.executable, "-m", "tests.integration.limiter_process", valkey.url]
-    command += [str(units), str(window_s), str(seconds)]
-    with contextlib.ExitStack() as stack:
-        nodes = [
-            stack.enter_context(subprocess.Popen([*command, str(n)], stdout=subprocess.PIPE, cwd=ROOT))
-            for n in range(3)
-        ]
-        reports = [json.loads(node.communicate(timeout=30)[0]) for node in nodes]
-    sent = sorted(at for report in reports for at in report["sent"])
-    until = sent[0] + seconds - 0.2
-    used = sum(at <= until for at in sent) / (units * (until - sent[0]) / window_s)
-    shares = [len(report["sent"]) for report in reports]
-    cpu_us = sum(report["cpu_s"] for report in reports) / len(sent) * 1e6
-    print(f"3 processes: {used:.1%} used, shares {shares}, {cpu_us:.0f} us of CPU per request")
-    assert sliding_log([(at, 1) for at in sent], units, window_s) == 0
-    assert used >= 0.97
-    assert min(shares) > 0
 
 
 def test_thousands_of_permits_cost_little(valkey):

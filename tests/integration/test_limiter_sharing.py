@@ -1,0 +1,367 @@
+"""What the limiter does beyond one bucket: several pools and days, runs side by side, and what providers say."""
+
+import asyncio
+import contextlib
+import json
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Mapping
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+from redis import Redis as SyncRedis
+from redis.asyncio import Redis
+
+from tests.servers import ValkeyServer
+from tests.strict_limits import fixed_window, sliding_log, token_bucket
+from workers.limiter import Limit, Limiter, Permit, Pool, PoolLimits, Refused, Sighting
+
+ROOT = Path(__file__).parents[2]
+MODEL, OTHER, ACCOUNT = Pool("p:a:small", "p:a"), Pool("p:a:large", "p:a"), Pool("p:a", "p:a")
+
+
+@contextlib.asynccontextmanager
+async def limiter(server: ValkeyServer, **options) -> AsyncIterator[Limiter]:
+    client = Redis.from_url(server.url)
+    found = Limiter(client, "test", **options)
+    try:
+        yield found
+    finally:
+        await found.aclose()
+        await client.aclose()
+
+
+def per(window_s: float, **units: int) -> PoolLimits:
+    return PoolLimits(extra=tuple(Limit(name, most, window_s, most) for name, most in units.items()))
+
+
+async def ask(found: Limiter, allowed: PoolLimits, permit_id: str, **options) -> Permit | Refused:
+    pool, costs = options.pop("pool", MODEL), options.pop("costs", {"rpm": 1, "rpd": 1})
+    return await found.permit(pool, allowed, costs, permit_id=permit_id, **({"lease_s": 30, "max_wait_s": 0} | options))
+
+
+class TestPools:
+    def test_a_model_and_its_account_are_charged_together_or_not_at_all(self, valkey):
+        wider = [(ACCOUNT, per(60.0, rpm=3))]
+
+        async def scenario() -> list[Permit | Refused]:
+            async with limiter(valkey) as found, limiter(valkey) as other:
+                one = per(60.0, rpm=2)
+                got = [await ask(found, one, f"a{n}", wider=wider) for n in range(3)]
+                got += [await ask(other, one, f"b{n}", wider=wider, pool=OTHER) for n in range(2)]
+                found.release_unsent(got[0])
+                await found.flush()
+                return [*got, await ask(other, one, "b1", wider=wider, pool=OTHER)]
+
+        got = asyncio.run(scenario())
+        told = ["ok" if isinstance(one, Permit) else one.reason for one in got]
+        # The third request of the first model finds that model's limit; the second of the other one the account's.
+        assert told == ["ok", "ok", "rpm", "ok", "shared:rpm", "ok"]
+        with SyncRedis.from_url(valkey.url) as client:
+            keys = list(client.scan_iter("*"))
+            assert all(b"{p:a}" in key for key in keys)
+            assert all(client.pttl(key) > 0 for key in keys)
+
+    def test_concurrency_of_an_account_is_counted_over_its_models(self, valkey):
+        wider = [(ACCOUNT, PoolLimits(concurrency=1))]
+
+        async def scenario() -> list[Permit | Refused]:
+            async with limiter(valkey) as found:
+                first = await ask(found, per(60.0, rpm=9), "a", wider=wider)
+                refused = await ask(found, per(60.0, rpm=9), "b", wider=wider, pool=OTHER)
+                found.settle(first)
+                await found.flush()
+                return [refused, await ask(found, per(60.0, rpm=9), "b", wider=wider, pool=OTHER)]
+
+        refused, granted = asyncio.run(scenario())
+        assert isinstance(refused, Refused)
+        assert refused.reason == "concurrency"
+        assert isinstance(granted, Permit)
+
+    def test_pools_without_a_common_scope_are_turned_away(self, valkey):
+        async def scenario() -> None:
+            async with limiter(valkey) as found:
+                await ask(found, per(60.0, rpm=1), "a", wider=[(Pool("elsewhere"), per(60.0, rpm=1))])
+
+        with pytest.raises(ValueError, match="no scope in common"):
+            asyncio.run(scenario())
+
+    def test_input_and_output_tokens_are_limited_apart(self, valkey):
+        allowed = PoolLimits(itpm=1000, otpm=100, tpm_burst=1000)
+
+        async def scenario() -> list[Permit | Refused]:
+            async with limiter(valkey) as found:
+                first = await ask(found, allowed, "a", costs={"rpm": 1, "itpm": 300, "otpm": 80})
+                second = await ask(found, allowed, "b", costs={"rpm": 1, "itpm": 300, "otpm": 80})
+                found.settle(first, {"itpm": 300, "otpm": 10})
+                await found.flush()
+                return [second, await ask(found, allowed, "b", costs={"rpm": 1, "itpm": 300, "otpm": 80})]
+
+        before, after = asyncio.run(scenario())
+        assert isinstance(before, Refused)
+        assert before.reason == "otpm"
+        assert isinstance(after, Permit)
+
+
+class TestDays:
+    @pytest.mark.parametrize("zone", ["UTC", "America/Los_Angeles"])
+    def test_a_day_is_used_at_once_and_then_closed_until_midnight_there(self, valkey, zone):
+        allowed = PoolLimits(rpd=5, day_zone=zone)
+
+        async def scenario() -> tuple[list[Permit | Refused], Permit | Refused]:
+            async with limiter(valkey) as found, limiter(valkey) as other:
+                got = [await ask(found, allowed, f"p{n}") for n in range(5)]
+                return got, await ask(other, allowed, "late")
+
+        got, late = asyncio.run(scenario())
+        assert all(isinstance(one, Permit) for one in got)
+        assert isinstance(late, Refused)
+        assert late.reason == "rpd"
+        opens = datetime.now(UTC) + timedelta(seconds=late.wait_s)
+        assert 0 < late.wait_s <= 25 * 3600
+        assert (opens.minute, opens.hour in ((0,) if zone == "UTC" else (7, 8))) == (0, True)
+
+    def test_days_are_not_forgotten_with_the_state(self, valkey):
+        allowed = PoolLimits(rpd=5)
+
+        async def scenario() -> Permit | Refused:
+            async with limiter(valkey) as found:
+                for number in range(5):
+                    await ask(found, allowed, f"p{number}")
+                with SyncRedis.from_url(valkey.url) as client:
+                    client.flushall()
+                return await ask(found, allowed, "late", max_wait_s=3)
+
+        late = asyncio.run(scenario())
+        assert isinstance(late, Refused)
+        assert late.reason == "rpd"
+
+    def test_what_was_never_sent_is_not_counted(self, valkey):
+        allowed = PoolLimits(rpd=1)
+
+        async def scenario() -> Permit | Refused:
+            async with limiter(valkey) as found:
+                found.release_unsent(await ask(found, allowed, "a"))
+                await found.flush()
+                return await ask(found, allowed, "b")
+
+        assert isinstance(asyncio.run(scenario()), Permit)
+
+
+class TestSightings:
+    def sight(self, valkey, *seen: Mapping[str, Sighting], units: int = 10) -> int:
+        """How many of `units` more requests go through after each of as many was answered with what was seen."""
+
+        async def scenario() -> int:
+            async with limiter(valkey) as found, limiter(valkey) as other:
+                allowed = per(60.0, rpm=units)
+                permits = [await ask(found, allowed, f"p{number}") for number in range(len(seen))]
+                for permit, sighting in zip(permits, seen, strict=True):
+                    found.adopt(permit, sighting)
+                    found.settle(permit)
+                    await found.flush()
+                got = [await ask(other, allowed, f"more{number}") for number in range(units)]
+                return sum(isinstance(one, Permit) for one in got)
+
+        return asyncio.run(scenario())
+
+    def test_what_others_used_is_counted_here_too(self, valkey):
+        assert self.sight(valkey, {"rpm": Sighting(10, 2)}) == 2
+
+    def test_more_than_we_know_of_changes_nothing(self, valkey):
+        assert self.sight(valkey, {"rpm": Sighting(1000, 900)}) == 9
+
+    def test_a_smaller_limit_holds_from_now_on(self, valkey):
+        assert self.sight(valkey, {"rpm": Sighting(4, 3)}) == 3
+
+    def test_answers_that_were_overtaken_say_nothing_new(self, valkey):
+        """Both were sent before anybody knew; the second must not be counted on top of the first."""
+        assert self.sight(valkey, {"rpm": Sighting(10, 5)}, {"rpm": Sighting(10, 4)}) == 4
+
+    def test_what_is_back_in_a_moment_is_not_missed_for_a_minute(self, valkey):
+        assert self.sight(valkey, {"rpm": Sighting(10, 0, 0.0)}) == 9
+
+
+class TestShrinking:
+    def test_one_refusal_is_no_wave_and_two_are(self, valkey):
+        async def scenario() -> list[float]:
+            client = Redis.from_url(valkey.url)
+            async with limiter(valkey) as found, limiter(valkey) as other:
+                shares = []
+                for asker in (found, other, found):
+                    await asker.penalise(MODEL, 0.0)
+                    shares.append(float(await client.hget(found._bucket.keys(MODEL)[0], "f")))
+                await client.aclose()
+                return shares
+
+        assert asyncio.run(scenario()) == [1.0, 0.8, 0.8]
+
+    def test_a_pool_that_was_cut_sends_less_and_recovers_by_the_minute(self, valkey):
+        async def scenario() -> list[int]:
+            client = Redis.from_url(valkey.url)
+            counts = []
+            async with limiter(valkey) as found:
+                state = found._bucket.keys(MODEL)[0]
+                for share, minutes in ((0.5, 0), (0.5, 5), (0.9, 99)):
+                    await client.flushall()
+                    since = time.time() - 60 * minutes - 5
+                    await client.hset(state, mapping={"f": share, "f_at": round(since * 1e6)})
+                    found._pools.clear()
+                    got = [await ask(found, per(60.0, rpm=100), f"{minutes}-{n}") for n in range(100)]
+                    counts.append(sum(isinstance(one, Permit) for one in got))
+            await client.aclose()
+            return counts
+
+        assert asyncio.run(scenario()) == [50, 60, 100]
+
+
+class TestRuns:
+    def shares(
+        self,
+        valkey: ValkeyServer,
+        big: int,
+        small: int,
+        *,
+        allowed: PoolLimits,
+        weights: tuple[float, float] = (1.0, 1.0),
+        apart: bool,
+        seconds: float = 2.0,
+        took_s: float = 0.0,
+    ) -> tuple[Counter[str], float, float]:
+        """Sendings by run while both had requests waiting, seconds to the small run's first, all per second."""
+
+        async def scenario() -> tuple[Counter[str], float, float]:
+            loop = asyncio.get_running_loop()
+            sent: list[tuple[str, float]] = []
+
+            async def asker(found: Limiter, run: str, number: int, weight: float, until: float) -> None:
+                while loop.time() < until:
+                    number += 1000
+                    got = await ask(
+                        found,
+                        allowed,
+                        f"{run}{number}",
+                        run=run,
+                        weight=weight,
+                        max_wait_s=max(0.0, until - loop.time()),
+                    )
+                    if isinstance(got, Permit) and await found.wait_until_due(got):
+                        sent.append((run, loop.time()))
+                        await asyncio.sleep(took_s)
+                        found.settle(got)
+                    elif isinstance(got, Permit):
+                        found.release_unsent(got)
+
+            async with limiter(valkey) as first, limiter(valkey) as second:
+                until = loop.time() + 0.8 + seconds
+                askers = [asyncio.create_task(asker(first, "big", n, weights[0], until)) for n in range(big)]
+                await asyncio.sleep(0.8)
+                joined = loop.time()
+                other = second if apart else first
+                askers += [asyncio.create_task(asker(other, "small", n, weights[1], until)) for n in range(small)]
+                await asyncio.gather(*askers)
+            first_at = min(at for run, at in sent if run == "small")
+            both = Counter(run for run, at in sent if at >= first_at)
+            return both, first_at - joined, len(sent) / (seconds + 0.8)
+
+        return asyncio.run(scenario())
+
+    @pytest.mark.parametrize("apart", [True, False])
+    @pytest.mark.parametrize(("weights", "part"), [((1.0, 1.0), 0.5), ((1.0, 4.0), 0.8)])
+    def test_a_small_run_gets_its_share_at_once(self, valkey, apart, weights, part):
+        """Three hundred waiting requests of one run against sixty of another, which comes later."""
+        allowed = PoolLimits(extra=(Limit("rpm", 100, 2.0, 5),))
+        both, waited_s, rate = self.shares(valkey, 300, 60, allowed=allowed, weights=weights, apart=apart)
+        print(f"apart={apart} weights={weights}: {dict(both)}, first after {waited_s:.2f} s, {rate:.0f}/s of 50")
+        assert waited_s < 1.0
+        assert both["small"] / both.total() == pytest.approx(part, abs=0.2)
+        assert rate >= 0.75 * 50
+
+    @pytest.mark.parametrize("apart", [True, False])
+    def test_slots_are_shared_too(self, valkey, apart):
+        both, waited_s, rate = self.shares(
+            valkey, 50, 10, allowed=PoolLimits(concurrency=8), apart=apart, seconds=1.5, took_s=0.2
+        )
+        print(f"apart={apart}: {dict(both)}, first after {waited_s:.2f} s, {rate:.1f}/s of 40")
+        assert waited_s < 0.8
+        assert both["small"] / both.total() == pytest.approx(0.5, abs=0.15)
+        assert rate >= 0.7 * 40
+
+    def test_nothing_is_kept_for_a_run_that_does_not_wait(self, valkey):
+        """Two requests at a time take what they need of 50 a second; the rest is the other run's."""
+        allowed = PoolLimits(extra=(Limit("rpm", 100, 2.0, 5),))
+        both, _, rate = self.shares(valkey, 200, 2, allowed=allowed, apart=True, took_s=0.4)
+        print(f"{dict(both)}, {rate:.0f}/s of 50")
+        assert rate >= 0.75 * 50
+
+
+class TestChanges:
+    def test_a_lowered_limit_holds_at_once_and_a_raised_one_too(self, valkey):
+        async def scenario() -> list[int]:
+            counts = []
+            async with limiter(valkey) as found:
+                for most in (20, 10, 40):
+                    got = [await ask(found, per(60.0, rpm=most), f"{most}-{n}") for n in range(15)]
+                    counts.append(sum(isinstance(one, Permit) for one in got))
+            return counts
+
+        # 15 of 20; all of 10 are gone then; and of the burst of 20 a quarter was left, which is 10 of a burst of 40.
+        assert asyncio.run(scenario()) == [15, 0, 10]
+
+    def test_requests_that_wait_already_follow_the_new_limit(self, valkey):
+        async def scenario() -> float:
+            async with limiter(valkey) as found:
+                await ask(found, per(60.0, rpm=1), "a")
+                waiting = asyncio.create_task(ask(found, per(60.0, rpm=1), "b", max_wait_s=61.0, horizon_s=0.1))
+                await asyncio.sleep(0.2)
+                started = time.monotonic()
+                await ask(found, per(60.0, rpm=100), "c", max_wait_s=10.0)
+                got = await waiting
+                assert isinstance(got, Permit)
+                return time.monotonic() - started
+
+        assert asyncio.run(scenario()) < 3.0
+
+
+def send_from(valkey: ValkeyServer, processes: int, units: int, kind: str) -> list[dict[str, Any]]:
+    command = [sys.executable, "-m", "tests.integration.limiter_process", valkey.url, str(units), "2.0", "4.5"]
+    with contextlib.ExitStack() as stack:
+        nodes = [
+            stack.enter_context(subprocess.Popen([*command, str(number), kind], stdout=subprocess.PIPE, cwd=ROOT))
+            for number in range(processes)
+        ]
+        return [json.loads(node.communicate(timeout=60)[0]) for node in nodes]
+
+
+@pytest.mark.parametrize(("processes", "kind"), [(1, "requests"), (4, "requests"), (4, "tokens")])
+def test_no_strict_server_would_refuse_what_really_left(valkey, processes, kind):
+    """Real processes and clocks; a request reaches the servers up to 8 ms late.
+
+    Nothing may be refused in any round. How much of the limit is used can be told only of a round in which the machine
+    let the processes run: they note when it did not.
+    """
+    units, window_s = (200 if kind == "requests" else 20_000), 2.0
+    burst, enough = units // 10, 0.98 if kind == "requests" else 0.93
+    for _ in range(2):
+        reports = send_from(valkey, processes, units, kind)
+        sent = [(at, cost) for report in reports for at, cost in zip(report["left"], report["costs"], strict=True)]
+        due = [(at, cost) for report in reports for at, cost in zip(report["due"], report["costs"], strict=True)]
+        assert all(report["left"] for report in reports)
+        assert sliding_log(sent, units, window_s) == 0
+        for phase in (0.0, 0.3, 0.77):
+            assert fixed_window(sent, units, window_s, phase) == 0
+        # A bucket of the very burst is judged by the server's clock: a loop that is kept waiting reads its own late.
+        assert token_bucket(due, units, window_s, burst) == 0
+        began = min(at for at, _ in sent)
+        used = sum(cost for at, cost in sent if at <= began + 3.5) / (units * 3.5 / window_s)
+        cpu_us = sum(report["cpu_s"] for report in reports) / len(sent) * 1e6
+        stalled_s = sum(report["stalled_s"] for report in reports)
+        told = f"{used:.1%} used, {len(sent)} requests, {cpu_us:.0f} us of CPU for each, stalled {stalled_s:.2f} s"
+        print(f"{processes} processes, {kind}: {told}")
+        if used >= enough:
+            return
+    assert stalled_s > 0.1, f"only {used:.1%} used"
