@@ -15,7 +15,8 @@ from typing import Any
 
 from benchmarks.measuring import Measured, fake_provider, measure
 from benchmarks.scenarios import LABELS, SCENARIOS, Metric, Scenario, item_text
-from orchestrator.workflow import WORKFLOW_FILE, object_schema, read_workflow
+from orchestrator.declaration import read_workflow
+from orchestrator.workflow import WORKFLOW_FILE, object_schema
 
 PACK = Path(__file__).parent / "pack"
 MODEL = "bench-model"

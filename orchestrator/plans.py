@@ -14,12 +14,13 @@ from typing import Any, TypeVar, cast
 
 from orchestrator import routing, validation
 from orchestrator.config import ConfigManager
+from orchestrator.declaration import inspect_workflow
 from orchestrator.errors import EnvironmentNotReady, InvalidInput, Problem
 from orchestrator.estimating import Estimate, estimate
 from orchestrator.files import FileManager, PackFiles
 from orchestrator.items import ItemSource, ItemsSummary, open_source, scan_items
 from orchestrator.runspec import Route, RunSpec
-from orchestrator.workflow import WORKFLOW_FILE, Workflow, inspect_workflow, parse_usd
+from orchestrator.workflow import WORKFLOW_FILE, Workflow, parse_usd
 from providers.price_data import price_for
 
 T = TypeVar("T")

@@ -12,7 +12,8 @@ from hashlib import sha256
 from typing import Any
 
 from orchestrator import planning
-from orchestrator.workflow import WORKFLOW_FILE, Workflow, read_workflow
+from orchestrator.declaration import read_workflow
+from orchestrator.workflow import WORKFLOW_FILE, Workflow
 from providers.pricing import Price
 
 SPEC_VERSION = 1

@@ -10,11 +10,12 @@ from math import isfinite
 from typing import Any
 
 from orchestrator import context
+from orchestrator.declaration import inspect_workflow
 from orchestrator.errors import AnswerError, Problem, WorkflowError, did_you_mean
 from orchestrator.planning import needed_answers
 from orchestrator.results import answer_schema
 from orchestrator.toml_source import TomlDocument
-from orchestrator.workflow import WORKFLOW_FILE, AnswerField, Step, Workflow, has_type, inspect_workflow
+from orchestrator.workflow import WORKFLOW_FILE, AnswerField, Step, Workflow, has_type
 from prompts.analysis import UNKNOWN
 from prompts.conditions import compile_condition
 from prompts.engine import PromptEngine

@@ -9,10 +9,10 @@ from orchestrator.cli.actions.asking import request_of, show_plan
 from orchestrator.cli.actions.output import console, put_json, say, table
 from orchestrator.cli.actions.session import load_config, translated
 from orchestrator.cli.options import Asked
+from orchestrator.declaration import read_workflow
 from orchestrator.errors import ExitCode, InvalidInput
 from orchestrator.files import WORKFLOW_FILE, FileManager
 from orchestrator.manager import WorkflowManager
-from orchestrator.workflow import read_workflow
 
 
 def validate(asked: Asked, *, home: Path | None, as_json: bool) -> int:

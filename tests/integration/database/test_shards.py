@@ -14,8 +14,8 @@ from orchestrator.broker import ShardMessage
 from orchestrator.database import Database, intake, ledger, runs, windows, work
 from orchestrator.database.cache import CacheEntry
 from orchestrator.database.tables import prompt_executions
+from orchestrator.declaration import read_workflow
 from orchestrator.runspec import Route, RunSpec
-from orchestrator.workflow import read_workflow
 from tests.integration.database.stage import run_values
 from workers.cached import CachedAnswer
 from workers.client import Job

@@ -2,10 +2,10 @@
 
 from dataclasses import replace
 
+from orchestrator.declaration import read_workflow
 from orchestrator.estimating import estimate
 from orchestrator.items import ItemsSummary
 from orchestrator.runspec import Route, RunSpec
-from orchestrator.workflow import read_workflow
 from providers.pricing import Price
 
 PACK = """

@@ -13,9 +13,9 @@ from sqlalchemy import Connection, insert, select
 
 from orchestrator.database import Database, batches, costs, fleet, intake, ledger, records, reports, runs, windows
 from orchestrator.database.tables import prompt_executions, verdicts, workflow_executions
+from orchestrator.declaration import read_workflow
 from orchestrator.errors import RunNotFound
 from orchestrator.runspec import Route, RunSpec
-from orchestrator.workflow import read_workflow
 
 PACK = """
 name = "picks"

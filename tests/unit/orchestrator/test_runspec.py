@@ -5,9 +5,9 @@ from dataclasses import replace
 
 import pytest
 
+from orchestrator.declaration import read_workflow
 from orchestrator.planning import segments
 from orchestrator.runspec import Route, RunSpec
-from orchestrator.workflow import read_workflow
 from providers.pricing import Price, PriceTier
 
 PACK = """

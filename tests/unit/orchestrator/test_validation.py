@@ -5,9 +5,10 @@ from typing import Any
 import pytest
 
 from orchestrator.context import item_context, reduce_context
+from orchestrator.declaration import read_workflow
 from orchestrator.errors import Problem, WorkflowError
 from orchestrator.validation import check_pack, read_variables
-from orchestrator.workflow import Workflow, read_workflow
+from orchestrator.workflow import Workflow
 
 DECLARATION = """
 name = "w"

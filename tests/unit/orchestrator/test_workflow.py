@@ -5,17 +5,10 @@ import json
 import jsonschema_rs
 import pytest
 
+from orchestrator.declaration import inspect_workflow, read_workflow
 from orchestrator.errors import Problem, WorkflowError
 from orchestrator.toml_source import parse_toml
-from orchestrator.workflow import (
-    Step,
-    Workflow,
-    has_type,
-    inspect_workflow,
-    json_schema,
-    parse_usd,
-    read_workflow,
-)
+from orchestrator.workflow import Step, Workflow, has_type, json_schema, parse_usd
 
 FULL = """
 name = "whole"

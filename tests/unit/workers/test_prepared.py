@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import pytest
 
+from orchestrator.declaration import read_workflow
 from orchestrator.runspec import Route, RunSpec
-from orchestrator.workflow import read_workflow
 from prompts.errors import PromptError
 from workers.prepared import PreparedRun, Prompt, StepKit, cache_key
 
