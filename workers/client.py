@@ -46,8 +46,8 @@ PERMIT_PATIENCE_S = 20.0
 CLAIM_AHEAD_S = 0.08
 """A claim is committed this long before the send time: a commit takes about 20 ms, more when the machine is busy."""
 LIMITER_AWAY_S = 1.0
-BUDGET_WAIT_S, BUDGET_WAIT_MOST_S = 0.1, 2.0
-BUDGET_WAITERS = 20
+BUDGET_WAIT_S, BUDGET_WAIT_MOST_S = 0.1, 10.0
+BUDGET_WAITERS = 5
 """Calls of this process that may wait for money before each of them asks less often."""
 FLIGHT_WAIT_S = (0.2, 2.0)
 """First and longest pause between two looks at an equal call that another worker is asking."""

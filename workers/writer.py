@@ -136,6 +136,8 @@ class BatchWriter:
         closings = [wish for wish in wishes if isinstance(wish, batches.Closing)]
         answers: dict[int, Any] = {}
         with self._database.transaction() as connection:
+            if claims and len(claims) < len(wishes):
+                batches.lock_in_order(connection, wishes)
             # Settlements first: the money they give back may be what a claim needs.
             for group, work in ((settlements, batches.settle), (closings, batches.close), (claims, batches.claim)):
                 if group:

@@ -121,6 +121,18 @@ class Closing:
     """Fence and worker under which the call is held; None for a call that is pending."""
 
 
+def lock_in_order(connection: Connection, wishes: Sequence[Claim | Settlement | Closing]) -> None:
+    """Locks what several groups of wishes in one transaction need in the order that all transactions keep.
+
+    Calls come before budgets. A settlement locks both, so a claim behind it would lock its calls too late, and two
+    workers that hold copies of a message would wait for each other's.
+    """
+    if connection.dialect.name == "sqlite":
+        return
+    runs.lock_calls(connection, (wish.call for wish in wishes))
+    ledger.lock_budgets(connection, {id_ for wish in wishes if isinstance(wish, Claim) for id_ in wish.budget_ids})
+
+
 def claim(connection: Connection, claims: Sequence[Claim]) -> list[ClaimAnswer]:
     """Claims calls and reserves their worst prices, first come first served; answers in the order given."""
     rows = runs.lock_calls(connection, (wish.call for wish in claims))

@@ -76,10 +76,7 @@ def free_dead(connection: Connection) -> Freed:
 
 def held_calls(connection: Connection, worker: str) -> set[int]:
     """Calls that a worker holds, or of which it has an open attempt."""
-    held = select(prompt_executions.c.id).where(
-        prompt_executions.c.worker_id == worker, prompt_executions.c.status == "running"
-    )
-    return set(connection.execute(held.union(_with_open_attempts([worker]))).scalars())
+    return set(connection.execute(_held([worker]).union(_with_open_attempts([worker]))).scalars())
 
 
 def free_strays(connection: Connection, worker: str, strays: set[int]) -> Freed:
@@ -89,11 +86,18 @@ def free_strays(connection: Connection, worker: str, strays: set[int]) -> Freed:
 
 
 def _free(connection: Connection, gone: list[str], *, lost: bool) -> Freed:
-    calls = runs.hold_calls_of(connection, gone)
     with_attempts = set(connection.execute(_with_open_attempts(gone)).scalars())
+    # All of them at once, in the order of their ids, as everybody locks them.
+    runs.lock_calls(connection, {*with_attempts, *connection.execute(_held(gone)).scalars()})
+    calls = runs.hold_calls_of(connection, gone)
     unknown = _free_calls(connection, gone, calls, with_attempts, lost=lost)
     connection.execute(delete(workers).where(workers.c.id.in_(gone)))
     return Freed(len(set(gone)), len(calls), unknown)
+
+
+def _held(holders: list[str]) -> Select[int]:
+    calls = prompt_executions.c
+    return select(calls.id).where(calls.worker_id.in_(holders), calls.status == "running")
 
 
 def _with_open_attempts(holders: list[str]) -> Select[int]:

@@ -83,7 +83,9 @@ def lock_run(connection: Connection, run: int) -> AnyRow:
     Raises:
         LookupError: the run was deleted.
     """
-    row = connection.execute(select(workflow_executions).where(_runs.id == run).with_for_update()).one_or_none()
+    # Attempts of the run may be written meanwhile: their foreign keys take this row with less.
+    query = select(workflow_executions).where(_runs.id == run).with_for_update(key_share=True)
+    row = connection.execute(query).one_or_none()
     if row is None:
         raise LookupError(f"run {run} does not exist")
     return row
@@ -98,10 +100,7 @@ def move_run(
     sources: Sequence[RunStatus],
     detail: str | None = None,
 ) -> bool:
-    """Moves a run to another status; True if it was in one of the `sources`. An end sets the times.
-
-    `detail` says more about the reason, such as which budget binds.
-    """
+    """Moves a run to another status; True if it was in one of the `sources`. `detail` says more about the reason."""
     values: dict[str, Any] = {"status": to, "reason": reason, "reason_detail": detail and detail[:200]}
     if to in ("completed", "failed", "cancelled"):
         values |= _ended(connection)
