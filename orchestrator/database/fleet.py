@@ -10,13 +10,16 @@ All functions work inside the caller's transaction.
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from sqlalchemy import Connection, Select, delete, insert, literal, or_, select, update
+from sqlalchemy import Connection, Select, delete, insert, literal, literal_column, or_, select, update
 from sqlalchemy.dialects import postgresql, sqlite
 
 from orchestrator.database import ledger, runs, windows
 from orchestrator.database.engine import NOW, AnyRow
 from orchestrator.database.tables import llm_usage, locks, prompt_executions, workers, workflow_executions
 
+# As text, and not as parameters: only so does SQLite see that the partial index holds these rows. Every heartbeat asks,
+# and there may be millions of attempts.
+_IS_OPEN = llm_usage.c.status.in_([literal_column(f"'{status}'") for status in ledger.OPEN_ATTEMPT])
 FIRST_LOOK_S = 5.0
 """After so many seconds a provider is first asked about an attempt of unknown outcome; each later wait is four times
 as long as the one before."""
@@ -67,9 +70,7 @@ def free_dead(connection: Connection) -> Freed:
     orphaned = select(prompt_executions.c.worker_id).where(
         prompt_executions.c.status == "running", prompt_executions.c.worker_id.not_in(known)
     )
-    stray = select(llm_usage.c.worker_id).where(
-        llm_usage.c.status.in_(ledger.OPEN_ATTEMPT), llm_usage.c.worker_id.not_in(known)
-    )
+    stray = select(llm_usage.c.worker_id).where(_IS_OPEN, llm_usage.c.worker_id.not_in(known))
     gone += [name for name in connection.execute(orphaned.union(stray)).scalars() if name is not None]
     return _free(connection, gone, lost=True) if gone else Freed(0, 0, 0)
 
@@ -101,9 +102,7 @@ def _held(holders: list[str]) -> Select[int]:
 
 
 def _with_open_attempts(holders: list[str]) -> Select[int]:
-    return select(llm_usage.c.prompt_execution_id).where(
-        llm_usage.c.worker_id.in_(holders), llm_usage.c.status.in_(ledger.OPEN_ATTEMPT)
-    )
+    return select(llm_usage.c.prompt_execution_id).where(llm_usage.c.worker_id.in_(holders), _IS_OPEN)
 
 
 def _free_calls(
