@@ -33,6 +33,8 @@ from orchestrator.money import usd, usd_or_none
 
 LOOK_S = 0.25
 """How often a run is looked at: often enough that a small one does not wait for us."""
+LARGE_INPUT_BYTES = 16_000_000
+"""From this size on, checking the input takes long enough to start the engine meanwhile."""
 LOCAL_LOG = "logs/local.log"
 
 
@@ -49,7 +51,9 @@ class _Session:
     engine: LocalEngine | None = None
 
     def start_engine(self, held: ExitStack) -> None:
-        """Makes sure that there is a broker: our own on one machine."""
+        """Makes sure that there is a broker: our own on one machine. Safe to repeat."""
+        if self.engine is not None:
+            return
         if self.config.settings.is_local:
             self.engine = held.enter_context(LocalEngine(self.config, self.config.settings.home / LOCAL_LOG))
             self.manager.use_broker(self.engine.redis_url)
@@ -74,6 +78,7 @@ def run(
     with _opened(config) as (session, held):
         with translated(session.manager.database.address):
             _prepare_existing(session)
+            _start_early(session, held, asked)
             plan = session.manager.plan(request_of(asked))
             prepare(session.manager.database, config.settings)
             continued = _continued(session.manager, plan, resume, is_new=is_new)
@@ -172,6 +177,19 @@ def _prepare_existing(session: _Session) -> None:
     settings = session.config.settings
     if not settings.is_local or has_database(settings):
         prepare(session.manager.database, settings)
+
+
+def _start_early(session: _Session, held: ExitStack, asked: Asked) -> None:
+    """Starts the engine while a large input is checked, which takes about as long, unless it would find work to do."""
+    settings, path = session.config.settings, Path(asked.input or "-")
+    if not settings.is_local or not path.is_file() or path.stat().st_size < LARGE_INPUT_BYTES:
+        return
+    database = session.manager.database
+    prepare(database, settings)
+    with database.snapshot() as connection:
+        is_idle = not reports.list_runs(connection, 1, "running")
+    if is_idle:
+        session.start_engine(held)
 
 
 def _continued(manager: WorkflowManager, plan: Plan, wanted: str | None, *, is_new: bool) -> str | None:
