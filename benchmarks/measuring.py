@@ -139,7 +139,7 @@ def _sample(pid: int, samples: list[_Sample], ended: threading.Event) -> None:
             root = psutil.Process(pid)
             for one in (root, *root.children(recursive=True)):
                 # A process has its parent's name until it has become a program of its own.
-                family[one.pid] = (_kind(one, pid), one)
+                family[one.pid] = (kind_of(one, pid), one)
                 times = one.cpu_times()
                 kind = family[one.pid][0]
                 cpu_s[kind] = cpu_s.get(kind, 0.0) + times.user + times.system
@@ -151,7 +151,8 @@ def _sample(pid: int, samples: list[_Sample], ended: threading.Event) -> None:
         ended.wait(SAMPLE_S)
 
 
-def _kind(process: psutil.Process, root: int) -> str:
+def kind_of(process: psutil.Process, root: int) -> str:
+    """What a process of a command is: `command` for the one with the pid `root`, `worker`, `valkey` or `other`."""
     if process.pid == root:
         return "command"
     line = process.cmdline()
