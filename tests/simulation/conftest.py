@@ -1,0 +1,15 @@
+"""Simulations are told in steps and seeds, not in log lines."""
+
+from collections.abc import Iterator
+
+import pytest
+import structlog
+
+
+@pytest.fixture(autouse=True)
+def quiet() -> Iterator[None]:
+    """No log lines: there would be a hundred thousand."""
+    before = structlog.get_config()
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(50), cache_logger_on_first_use=False)
+    yield
+    structlog.configure(**before)
