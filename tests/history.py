@@ -15,6 +15,7 @@ from tests.fakes.provider_log import ProviderLog
 
 INPUT_NUSD, OUTPUT_NUSD = 10_000, 30_000
 """Prices of one token in `tests.engine`."""
+WITHDRAWN = "withdrawn"
 SENT_STATUSES = {"ok", "bad_output", "refused", "retryable", "fatal"}
 """Attempts of which the provider must know; an unknown or stale one may or may not have left."""
 
@@ -39,6 +40,7 @@ def check_history(
     unknown: int = 0,
     stale: int = 0,
     ended: bool = True,
+    redone: int = 0,
 ) -> History:
     """Proves that nothing was lost, recorded twice, unaccounted or overspent.
 
@@ -48,8 +50,9 @@ def check_history(
         logs: the books of all providers that it may have asked.
         repeats: requests beyond the first for each call that this test allows.
         unknown: attempts of unknown outcome that it allows.
-        stale: attempts overtaken by another worker, or withdrawn before they left, that it allows.
+        stale: attempts overtaken by another worker that it allows; withdrawn ones are counted apart and always may be.
         ended: the run is over; otherwise calls may be pending, but nothing may be in flight.
+        redone: good answers of reduce steps beyond the first, because a retry behind them did them anew.
 
     Raises:
         AssertionError: one of the promises is broken.
@@ -66,7 +69,7 @@ def check_history(
         all_spent = connection.execute(text("SELECT coalesce(sum(cost_nusd), 0) FROM llm_usage")).scalar_one()
 
     by_status = Counter(call.status for call in calls)
-    outcomes = Counter(attempt.status for attempt in attempts)
+    outcomes = Counter(WITHDRAWN if _is_withdrawn(attempt) else attempt.status for attempt in attempts)
     told = f"calls {dict(by_status)}, attempts {dict(outcomes)}"
     assert not by_status["running"], f"a call is still held: {told}"
     assert outcomes["sent"] + outcomes["reserved"] == 0, f"an attempt is still open: {told}"
@@ -76,7 +79,7 @@ def check_history(
         asked = {call.item_ordinal for call in calls if call.item_ordinal >= 0}
         assert asked == set(range(execution.items_total)), "an item has no call"
 
-    _check_answers(calls, attempts)
+    _check_answers(calls, attempts, redone)
     received = [line for log in logs for line in log.received if line.attempt_id.startswith(f"{execution.run_id}/")]
     _check_books(execution.run_id, logs, attempts)
     asked_calls = {line.attempt_id.split("/")[1] for line in received}
@@ -97,14 +100,20 @@ def check_history(
     return History(by_status, outcomes, len(received), repeated, cost)
 
 
-def _check_answers(calls, attempts) -> None:
+def _is_withdrawn(attempt) -> bool:
+    """Whether an attempt was taken back before a byte left, because its run or its worker stopped."""
+    return attempt.status == "stale" and attempt.error_code == "never_sent"
+
+
+def _check_answers(calls, attempts, redone: int) -> None:
     good = Counter(attempt.prompt_execution_id for attempt in attempts if attempt.status == "ok")
     names = Counter((call.prompt_name, call.item_ordinal, call.judge, call.repeat) for call in calls)
     assert not [name for name, count in names.items() if count > 1], "a call exists twice"
     for call in calls:
         if call.status == "completed":
             assert call.result is not None
-            assert call.cached or good[call.id] == 1, f"call {call.id} has {good[call.id]} good attempts"
+            most = 1 + redone if call.item_ordinal < 0 else 1
+            assert call.cached or 1 <= good[call.id] <= most, f"call {call.id} has {good[call.id]} good attempts"
         else:
             assert call.result is None
             assert good[call.id] == 0, f"call {call.id} is {call.status} and has a good attempt"
@@ -117,6 +126,8 @@ def _check_books(run_id: str, logs: Sequence[ProviderLog], attempts) -> None:
     assert all(count == 1 for count in ours.values()), "an attempt was sent twice"
     strangers = sorted(set(ours) - set(rows))
     assert not strangers, f"the provider got requests that are not in the ledger: {strangers[:5]}"
+    withdrawn = [name for name, row in rows.items() if _is_withdrawn(row) and (name in ours or row.cost_nusd)]
+    assert not withdrawn, f"attempts were sent, or cost something, that the ledger calls withdrawn: {withdrawn[:5]}"
     unseen = [
         name
         for name, row in rows.items()

@@ -236,9 +236,9 @@ class LLMClient:
         self._waits.end(run)
         self._waits_to_send.end(run)
 
-    def limits_changed(self) -> None:
-        """Lets calls that have a permit, or wait for one, ask for another by the limits of now."""
-        self._waits_to_send.end()
+    def ask_anew(self, run: int | None = None) -> None:
+        """Lets calls of a run, or all, that wait for a permit ask again: limits or priorities are others now."""
+        self._waits_to_send.end(run)
 
     def accepts(self, provider: str) -> bool:
         """Whether anything may be sent to a provider now."""

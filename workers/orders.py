@@ -96,7 +96,9 @@ def _changed(gate: Gate, wanted: Override) -> Gate:
     return replace(gate, paused=wanted.is_paused() or (gate.paused and not chosen))
 
 
-def set_priorities(prepared: Mapping[int, PreparedRun], priorities: Mapping[int, int]) -> None:
-    """Gives compiled runs the priorities of now."""
-    for run, priority in priorities.items():
-        prepared[run].priority = priority
+def set_priorities(prepared: Mapping[int, PreparedRun], priorities: Mapping[int, int]) -> list[int]:
+    """Gives compiled runs the priorities of now; returns those that had others."""
+    changed = [run for run, priority in priorities.items() if prepared[run].priority != priority]
+    for run in changed:
+        prepared[run].priority = priorities[run]
+    return changed

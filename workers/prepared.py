@@ -164,7 +164,7 @@ def find_run(connection: Connection, number: int) -> PreparedRun:
         ValueError: another release began it.
     """
     row = work.run_row(connection, number)
-    return PreparedRun(number, row.run_id, RunSpec.from_json(row.spec))
+    return PreparedRun(number, row.run_id, RunSpec.from_json(row.spec), row.priority)
 
 
 class BudgetIds:

@@ -271,9 +271,10 @@ class Runtime:
         self._halted |= orders.stopped
         for run in orders.stopped:
             self._client.end_waits(run)
-        set_priorities(self._prepared, orders.priorities)
+        for run in set_priorities(self._prepared, orders.priorities):
+            self._client.ask_anew(run)
         if self._changing_limits.apply(orders.overrides):
-            self._client.limits_changed()
+            self._client.ask_anew()
 
     async def _free_strays(self, held: set[int]) -> None:
         """Puts back calls that the database says we hold, while nothing here works on them, for the second beat."""
