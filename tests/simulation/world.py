@@ -57,9 +57,11 @@ class World:
     Args:
         seed: of everything random.
         most_faults: how often something may go wrong.
+        patience_s: after the last fault a run must end within this much virtual time.
     """
 
-    def __init__(self, seed: int, most_faults: int = 120) -> None:
+    def __init__(self, seed: int, most_faults: int = 120, patience_s: float = ENDS_WITHIN_S) -> None:
+        self._patience_s = patience_s
         self.seed = seed
         self.random = Random(seed)
         self.faults_left = self.random.choice((0, self.random.randint(1, 20), self.random.randint(20, most_faults)))
@@ -181,14 +183,14 @@ class World:
         user = Process(self, "user")
         user.begin(self._produce(user))
         chaos = [self.loop.create_task(self._make_trouble())]
-        ends_at = self._faults_end_s + ENDS_WITHIN_S
+        ends_at = self._faults_end_s + self._patience_s
         while not self._is_over() and not self._broken:
             await asyncio.sleep(self.random.uniform(0.5, 2))
             if self.loop.time() > ends_at:
                 raise self._error(f"a run does not end: {self._open_rows()}")
             user.begin(self._help(user))
             if self.faults_left <= 0:
-                ends_at = min(ends_at, self.loop.time() + ENDS_WITHIN_S)
+                ends_at = min(ends_at, self.loop.time() + self._patience_s)
         for one in chaos:
             one.cancel()
         self.faults_left = 0
