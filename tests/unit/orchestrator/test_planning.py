@@ -14,6 +14,7 @@ from orchestrator.planning import (
     calls_per_item,
     canvas,
     needed_answers,
+    redo,
     reduce_calls,
     segments,
     shard_size_for,
@@ -183,3 +184,37 @@ def test_a_small_window_is_spread_over_workers(calls: int, wanted: int, expected
 def test_calls_are_counted_with_repeats():
     graph = workflow(item("a", repeats=3), item("b", "a"), ranking("r", "b"), asking("end", "r"))
     assert (calls_per_item(graph), reduce_calls(graph)) == (4, 1)
+
+
+REVIEWED = workflow(
+    item("judge"),
+    item("check", "judge"),
+    item("beside"),
+    ranking("order", "check"),
+    asking("why", "order"),
+    item("second", "why", "judge"),
+    ranking("final", "second"),
+)
+
+
+def test_a_failed_item_step_reopens_its_segment_and_everything_behind():
+    found = redo(REVIEWED, frozenset({"judge"}))
+    assert found.same_item == ("check",)
+    assert found.behind == ("second",)
+    assert found.reduces == ("order", "why", "final")
+    assert found.stage == (0, False, 0)
+
+
+def test_reduce_steps_tell_of_failures_that_they_do_not_need():
+    assert redo(REVIEWED, frozenset({"beside"})).reduces == ("order", "why", "final")
+
+
+def test_a_failed_reduce_step_leaves_those_before_it():
+    found = redo(REVIEWED, frozenset({"why"}))
+    assert (found.same_item, found.behind, found.reduces) == ((), ("second",), ("why", "final"))
+    assert found.stage == (0, True, 1)
+
+
+def test_the_earliest_of_several_steps_decides_where_a_run_goes_on():
+    assert redo(REVIEWED, frozenset({"second"})).stage == (1, False, 0)
+    assert redo(REVIEWED, frozenset({"second", "why"})).stage == (0, True, 1)
