@@ -72,6 +72,11 @@ class Worker:
     def log(self) -> str:
         return self.log_file.read_text("utf-8", errors="replace")
 
+    def has_in_flight(self, engine: "Engine", calls: int = 5) -> bool:
+        """Whether so many of its calls are at a provider now."""
+        query = "SELECT count(*) FROM llm_usage WHERE status = 'sent' AND worker_id LIKE :worker"
+        return engine.rows(query, worker=f"%:{self.pid}:%")[0][0] >= calls
+
     def has_started(self) -> bool:
         assert self.is_alive(), f"the worker ended early:\n{self.log()[-3000:]}"
         return "worker.started" in self.log()

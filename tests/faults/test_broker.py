@@ -87,7 +87,7 @@ def test_messages_that_are_lost_before_delivery_are_published_again() -> None:
 def test_the_limit_holds_when_the_limiter_forgets_everything() -> None:
     """The service refuses more than 20 per second on average, and knows no excuse."""
     providers = {"main": {"rate_limit_rpm": 1200, "burst": 10}}
-    service = {"main": {"rpm": 1200, "limiter": "bucket", "burst": 20}}
+    service = {"main": {"rpm": 1200, "limiter": "bucket", "burst": 30}}
     with launch_engine(providers=providers, fakes=service, workers=2) as engine:
         run = engine.start_run(100, ONE)
         engine.wait_received(40)

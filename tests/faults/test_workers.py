@@ -1,9 +1,10 @@
 """Workers that die, stop answering, or come back from the dead."""
 
 import signal
+import sqlite3
 import time
 
-from tests.engine import Engine, launch_engine
+from tests.engine import Engine, Worker, launch_engine
 from tests.packs import ONE
 from tests.servers import wait_until
 
@@ -22,11 +23,31 @@ def _asked_again_after(engine: Engine, since: float) -> float:
     return min(again) - since
 
 
+def _is_stopped_outside_a_transaction(engine: Engine, worker: Worker) -> bool:
+    """Stops a worker while it has calls in flight; lets it go on if it was just writing.
+
+    Whoever sleeps with SQLite's write lock in hand stops everybody: that is not what the tests here are about.
+    """
+    if not worker.has_in_flight(engine):
+        return False
+    worker.signal(signal.SIGSTOP)
+    database = sqlite3.connect(engine.home / "data" / "orchestrator.db", timeout=1.0, isolation_level=None)
+    try:
+        database.execute("BEGIN IMMEDIATE")
+        database.execute("ROLLBACK")
+    except sqlite3.OperationalError:
+        worker.signal(signal.SIGCONT)
+        return False
+    finally:
+        database.close()
+    return worker.has_in_flight(engine)
+
+
 def test_a_killed_worker_loses_no_call_while_another_lives() -> None:
     with launch_engine(providers=PROVIDERS, settings=SMALL_SHARDS, fakes=SLOW, workers=2) as engine:
         run = engine.start_run(400, ONE)
         engine.wait_received(100)
-        wait_until(lambda: len(engine.rows("SELECT DISTINCT worker_id FROM llm_usage")) == 2)
+        wait_until(lambda: engine.workers[0].has_in_flight(engine))
         killed_at = time.monotonic()
         engine.workers[0].kill9()
         status = engine.wait(run)
@@ -43,13 +64,14 @@ def test_a_killed_worker_is_replaced() -> None:
     with launch_engine(providers=PROVIDERS, fakes=SLOW, workers=1) as engine:
         run = engine.start_run(200, ONE)
         engine.wait_received(80)
+        wait_until(lambda: engine.workers[0].has_in_flight(engine))
         killed_at = time.monotonic()
         engine.workers[0].kill9()
         engine.start_worker()
         status = engine.wait(run)
         assert status["calls"]["completed"] == 200
         history = engine.check(run, unknown=CONCURRENCY, repeats=CONCURRENCY)
-        assert history.repeated <= history.attempts["unknown"]
+        assert 0 < history.repeated <= history.attempts["unknown"]
         took_s = _asked_again_after(engine, killed_at)
         print(f"kill -9 and another worker: {history.attempts['unknown']} unknown, asked again after {took_s:.1f} s")
         assert took_s < RECOVERY_S
@@ -59,9 +81,9 @@ def test_a_worker_that_was_taken_for_dead_cannot_overwrite_its_successor() -> No
     with launch_engine(providers=PROVIDERS, settings=SMALL_SHARDS, fakes=SLOW, workers=2) as engine:
         run = engine.start_run(300, ONE)
         engine.wait_received(100)
-        wait_until(lambda: len(engine.rows("SELECT DISTINCT worker_id FROM llm_usage")) == 2)
+        wait_until(lambda: engine.workers[0].has_in_flight(engine))
         zombie = engine.workers[0]
-        zombie.signal(signal.SIGSTOP)
+        wait_until(lambda: _is_stopped_outside_a_transaction(engine, zombie), 20)
         assert engine.wait(run)["calls"]["completed"] == 300
         answers = engine.rows("SELECT id, result, fence FROM prompt_executions ORDER BY id")
         zombie.signal(signal.SIGCONT)

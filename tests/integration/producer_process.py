@@ -9,7 +9,7 @@ import psutil
 from orchestrator.config import ConfigManager
 from orchestrator.manager import RunRequest, WorkflowManager
 
-FIRST_ITEMS = 2_000
+FIRST_ITEMS = 3_000
 
 
 def main(home: Path, pack: str, items: str) -> None:

@@ -12,12 +12,12 @@ from tests.engine import launch_engine
 from tests.packs import one_step
 from tests.servers import wait_until
 
-ITEMS, EARLY = 10_000, 2_000
+ITEMS, EARLY = 10_000, 3_000
 MIB = 1024 * 1024
 
 
 def test_ten_thousand_items_go_through_flat_memory() -> None:
-    """Producer, worker and broker are measured after the first 2,000 items and at the end."""
+    """Producer, worker and broker are measured after the first 3,000 items and at the end."""
     settings = {"worker": {"window_size": 500, "lanes": 4}, "llm_providers.simulator": {"dialect": "simulator"}}
     with launch_engine(settings=settings, workers=1) as engine:
         items = engine.home / "items.jsonl"
