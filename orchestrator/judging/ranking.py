@@ -5,9 +5,15 @@ items. Items that are equal in score and in every tie-break field share a rank, 
 (1, 2, 2, 4); among themselves they keep the order of their keys, so that the list is the same every time.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+
+_MOST_KNOWN = 50_000
+"""Combinations of numbers whose result is remembered, since scores repeat and exact arithmetic is slow."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,8 +42,13 @@ class Ranked:
     score: float
 
 
-def rank(items: Iterable[Scored], weights: Mapping[str, float | int], tie_break: Sequence[str] = ()) -> list[Ranked]:
+def rank(
+    items: Iterable[Scored], weights: Mapping[str, float | int], tie_break: Sequence[str] = ()
+) -> Iterator[Ranked]:
     """Ranks items, best first. An item that lacks one of the numbers is left out.
+
+    All items are read before the first place is known; of each, some 24 bytes and its key are kept, and a few hundred
+    bytes for every different result.
 
     Args:
         items: in any order.
@@ -46,23 +57,70 @@ def rank(items: Iterable[Scored], weights: Mapping[str, float | int], tie_break:
     """
     shares = {name: _exact(weight) for name, weight in weights.items()}
     total = sum(shares.values())
-    needed = {*weights, *tie_break}
-    keyed = [
-        (
-            tuple(-value for value in _merits(item, shares, total, tie_break)),
-            item.key,
-            item.ordinal,
-        )
-        for item in items
-        if needed <= item.values.keys()
-    ]
-    keyed.sort()
-    ranked: list[Ranked] = []
-    for position, (merits, key, ordinal) in enumerate(keyed):
-        tied = position > 0 and keyed[position - 1][0] == merits
-        place = ranked[-1].rank if tied else position + 1
-        ranked.append(Ranked(position, place, ordinal, key, round(float(-merits[0]), 6)))
-    return ranked
+    needed = tuple(dict.fromkeys((*weights, *tie_break)))
+    numbers_of: dict[tuple[Fraction, ...], int] = {}
+    known: dict[tuple[float | int, ...], int] = {}
+    entries = _Entries()
+    for item in items:
+        if not item.values.keys() >= set(needed):
+            continue
+        values = tuple(item.values[name] for name in needed)
+        number = known.get(values)
+        if number is None:
+            merits = _merits(item, shares, total, tie_break)
+            number = known[values] = numbers_of.setdefault(merits, len(numbers_of))
+        entries.add(number, item)
+        if len(known) > _MOST_KNOWN:
+            known.clear()
+    yield from _places(entries, numbers_of)
+
+
+class _Entries:
+    """Items in few bytes: for each the number of its result, its ordinal, and where its key ends in `_keys`."""
+
+    def __init__(self) -> None:
+        self._results = array("q")
+        self._ordinals = array("q")
+        self._ends = array("q", [0])
+        self._keys = bytearray()
+
+    def add(self, result: int, item: Scored) -> None:
+        self._results.append(result)
+        self._ordinals.append(item.ordinal)
+        self._keys += item.key.encode()
+        self._ends.append(len(self._keys))
+
+    def key(self, index: int) -> bytes:
+        """The key in UTF-8, which has the order of the text itself."""
+        return bytes(self._keys[self._ends[index] : self._ends[index + 1]])
+
+    def ordinal(self, index: int) -> int:
+        return self._ordinals[index]
+
+    def by_result(self, count: int) -> tuple[array[int], array[int]]:
+        """Indices of all items, those of one result together, and where those of each result begin; one more ends."""
+        begins = array("q", bytes(8 * (count + 1)))
+        for result in self._results:
+            begins[result + 1] += 1
+        for result in range(count):
+            begins[result + 1] += begins[result]
+        free = array("q", begins)
+        indices = array("q", bytes(8 * len(self._results)))
+        for index, result in enumerate(self._results):
+            indices[free[result]] = index
+            free[result] += 1
+        return indices, begins
+
+
+def _places(entries: _Entries, numbers_of: Mapping[tuple[Fraction, ...], int]) -> Iterator[Ranked]:
+    indices, begins = entries.by_result(len(numbers_of))
+    position = 0
+    for merits in sorted(numbers_of, reverse=True):
+        number = numbers_of[merits]
+        score, place = round(float(merits[0]), 6), position + 1
+        for index in sorted(indices[begins[number] : begins[number + 1]], key=entries.key):
+            yield Ranked(position, place, entries.ordinal(index), entries.key(index).decode(), score)
+            position += 1
 
 
 def _merits(

@@ -1,21 +1,27 @@
 """Rankings are exact, the same on every machine, and fair to equals."""
 
+from collections.abc import Iterable, Mapping, Sequence
 from fractions import Fraction
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.judging.ranking import Ranked, Scored, rank
+from orchestrator.judging import ranking
+from orchestrator.judging.ranking import Ranked, Scored
 
 grades = st.one_of(st.integers(0, 10), st.floats(0, 10, allow_nan=False).map(lambda value: round(value, 2)))
 scored = st.lists(
     st.builds(
-        lambda key, a, b: Scored(int(key, 36), key, {"a": a, "b": b}), st.text("abc012", min_size=1), grades, grades
+        lambda key, a, b: Scored(int(key, 36), key, {"a": a, "b": b}), st.text("abc012", min_size=1, max_size=12), grades, grades
     ),
     unique_by=lambda one: one.ordinal,
 )
 WEIGHTS = {"a": 0.7, "b": 0.3}
+
+
+def rank(items: Iterable[Scored], weights: Mapping[str, float], tie_break: Sequence[str] = ()) -> list[Ranked]:
+    return list(ranking.rank(items, weights, tie_break))
 
 
 def places(found: list[Ranked]) -> list[tuple[str, int, float]]:
