@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 from sqlalchemy import text
 
-from orchestrator.database import Database, cache, costs
+from orchestrator.database import Database, cache, costs, windows
 from orchestrator.database.batches import Claimed
 from orchestrator.database.cache import CacheEntry
 from orchestrator.database.ledger import Usage
@@ -139,6 +139,25 @@ def test_an_unknown_outcome_is_booked_at_its_worst(stage: Stage):
     assert (stage.money().spent_nusd, stage.money().reserved_nusd) == (77, 0)
     with stage.database.snapshot() as connection:
         assert costs.totals(connection, stage.run)["unconfirmed_nusd"] == 77
+    stage.check_books()
+
+
+def test_sums_of_a_closed_window_follow_what_is_settled_late(stage: Stage):
+    grant = lose(stage, 0)
+    for ordinal in range(len(stage.calls)):
+        stage.complete(ordinal, cost=40)
+    with stage.database.transaction() as connection:
+        assert windows.close_done(connection, stage.window)
+    with stage.database.snapshot() as connection:
+        row = windows.find(connection, stage.window)
+        assert row is not None
+        assert row.attempts is not None
+        assert windows.attempt_sums(connection, stage.run)["unknown"].attempts == 1
+    assert stage.settle(stage.settlement(0, grant, Usage("ok", 5, 5, cost_nusd=33), CallEnd("completed"))) == [False]
+    with stage.database.snapshot() as connection:
+        sums = windows.attempt_sums(connection, stage.run)
+    assert "unknown" not in sums
+    assert (sums["stale"].attempts, sums["stale"].input_tokens, sums["stale"].cost_nusd) == (1, 5, 33)
     stage.check_books()
 
 
