@@ -10,37 +10,44 @@ nowhere else.
 import asyncio
 import random
 from collections import Counter
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import replace
 from time import monotonic
 
 import structlog
 
-from orchestrator.database import batches, ledger
-from orchestrator.database.cache import CacheEntry
-from orchestrator.database.runs import UNKNOWN_OUTCOME, CallEnd, CallText
-from orchestrator.database.work import PendingCall
-from orchestrator.errors import AnswerError
+from orchestrator.database import batches
+from orchestrator.database.runs import CallEnd, CallText
 from orchestrator.results import Answer
 from orchestrator.runspec import Route
-from providers.base import Provider
 from providers.errors import ProviderError
-from providers.messages import ChatReply, ChatRequest, Message, Usage
-from providers.pricing import affordable_cap, cost_nusd, worst_nusd
-from providers.tokens import estimate_messages, estimate_tokens, upper_bound
+from providers.messages import ChatReply, ChatRequest, Usage
+from providers.pricing import affordable_cap
 from workers import charges, retry
+from workers.asking import (
+    Asking,
+    Gate,
+    Job,
+    Sent,
+    claim_of,
+    input_tokens,
+    input_upper,
+    key_of,
+    request_of,
+    shares_answers,
+    worst_price,
+)
 from workers.cached import CachedAnswer
 from workers.flights import Flights
 from workers.limiter import Limiter
-from workers.limits import LimiterUnavailable, Permit, Pool, PoolLimits, Refused, Wider
-from workers.prepared import BudgetIds, PreparedRun, Prompt, StepKit, cache_key
+from workers.limits import LimiterUnavailable, Permit, Refused
+from workers.outcomes import LONG_WAIT_S, Outcomes, track_usage
+from workers.prepared import BudgetIds, StepKit
 from workers.waits import Waits
 from workers.writer import BatchWriter
 
 log = structlog.get_logger(__name__)
 
-LONG_WAIT_S = 60.0
-"""Longer waits are not sat out in a shard: the call is put back with the time from which it may be asked."""
 PERMIT_PATIENCE_S = 20.0
 """How long one question for a permit may wait before we look up whether the run still runs."""
 CLAIM_AHEAD_S = 0.08
@@ -52,80 +59,6 @@ BUDGET_WAITERS = 5
 FLIGHT_WAIT_S = (0.2, 2.0)
 """First and longest pause between two looks at an equal call that another worker is asking."""
 INPUT_MARGIN = 1.1
-MAX_KEPT_RESPONSE = 20_000
-MAX_REASK_CHARS = 4_000
-
-
-@dataclass(frozen=True, slots=True)
-class Gate:
-    """The way to one provider from this process.
-
-    Attributes:
-        account: fingerprint of the key, or a fixed word: providers count limits by account.
-        limits: of each model.
-        shared: of all models of the account together.
-        slots: calls of this process that may be at the provider at the same time.
-        paused: nothing may be sent until somebody changes the limits again.
-    """
-
-    provider: Provider
-    account: str
-    limits: PoolLimits
-    slots: asyncio.Semaphore
-    shared: PoolLimits = PoolLimits()
-    paused: bool = False
-
-    def pool(self, model: str) -> Pool:
-        """The bucket that calls of a model draw from: its own, or that of the account when models have no limits."""
-        scope = f"{self.provider.name}:{self.account}"
-        return Pool(scope if self.limits.is_unlimited else f"{scope}:{model}", scope)
-
-    def pool_limits(self) -> tuple[PoolLimits, Sequence[Wider]]:
-        """The limits of that bucket, and the buckets that are charged beside it."""
-        if self.limits.is_unlimited:
-            return self.shared, ()
-        scope = f"{self.provider.name}:{self.account}"
-        return self.limits, () if self.shared.is_unlimited else ((Pool(scope, scope), self.shared),)
-
-
-@dataclass(frozen=True, slots=True)
-class Job:
-    """One call with everything that asking it needs."""
-
-    run: PreparedRun
-    kit: StepKit
-    call: PendingCall
-    prompt: Prompt
-
-
-@dataclass(frozen=True, slots=True)
-class _Asking:
-    """How far a call is.
-
-    Attributes:
-        fence: under which this worker holds it; None while it is pending.
-        wait_s: rest of the pause before the next attempt when that pause was cut short; None for none.
-        correction: the bad reply and what was wrong with it, when the question is asked again.
-    """
-
-    route_index: int
-    route_attempts: int
-    reasks: int
-    fence: int | None = None
-    correction: tuple[Message, ...] = ()
-    wait_s: float | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class _Sent:
-    """An attempt that left, and what came of it."""
-
-    route: Route
-    request: ChatRequest
-    grant: batches.Claimed
-    outcome: ChatReply | ProviderError
-    latency_ms: int
-    worst_nusd: int
 
 
 class LLMClient:
@@ -169,6 +102,7 @@ class LLMClient:
         self._waits = Waits()
         self._waits_to_send = Waits()
         self._flights = Flights()
+        self._outcomes = Outcomes(worker, writer, self._waits, self._flights, stop_run)
         self.at_work: Counter[int] = Counter()
         self.in_flight = 0
         self.waiting_for_permits = 0
@@ -189,7 +123,7 @@ class LLMClient:
 
     async def _fly(self, job: Job) -> None:
         """Asks, or waits for the answer of an equal call of this process."""
-        key = _key(job) if _shares(job) else None
+        key = key_of(job) if shares_answers(job) else None
         while key is not None and self._flights.is_open(key):
             result = await self._waits.until(job.run.number, self._flights.landed(key))
             if result is not None:
@@ -224,12 +158,12 @@ class LLMClient:
         return False
 
     async def _send_until_ended(self, job: Job) -> None:
-        asking: _Asking | None = _Asking(job.call.route_index, job.call.route_attempts, job.call.reasks)
+        asking: Asking | None = Asking(job.call.route_index, job.call.route_attempts, job.call.reasks)
         while asking is not None and self._may_go_on(job.run.number):
             asking = await self._attempt(job, asking)
         if asking is not None:
             # The run stopped between two attempts. Nobody frees what a live worker holds, so it must go back.
-            await self._release(job, asking, CallEnd("pending", next_at_s=asking.wait_s))
+            await self._outcomes.release(job, asking, CallEnd("pending", next_at_s=asking.wait_s))
 
     def end_waits(self, run: int | None = None) -> None:
         """Ends what calls of a run, or of all runs, wait for: they look whether to go on."""
@@ -246,7 +180,7 @@ class LLMClient:
 
     def select_provider(self, job: Job, index: int) -> Route:
         """The route at a place of the fallback chain; the last one if the chain is shorter."""
-        return job.kit.routes[min(index, len(job.kit.routes) - 1)]
+        return job.route(index)
 
     async def handle_rate_limits(
         self, job: Job, gate: Gate, route: Route, costs: Mapping[str, int]
@@ -288,11 +222,7 @@ class LLMClient:
 
     def track_usage(self, route: Route, request: ChatRequest, reply: ChatReply) -> tuple[Usage, int]:
         """Tokens and cost (nano-USD) of a reply; tokens are estimated when the provider told none."""
-        usage = reply.usage
-        if usage is None:
-            told = estimate_messages(request.messages, request.answer_schema)
-            usage = Usage(told, estimate_tokens(reply.text), estimated=True)
-        return usage, booked_cost(route, reply, usage)
+        return track_usage(route, request, reply)
 
     def validate_response(self, kit: StepKit, reply: ChatReply) -> Answer:
         """The answer in a reply.
@@ -302,36 +232,36 @@ class LLMClient:
         """
         return kit.processor.parse_response(reply)
 
-    async def _attempt(self, job: Job, asking: _Asking) -> _Asking | None:
+    async def _attempt(self, job: Job, asking: Asking) -> Asking | None:
         route = self.select_provider(job, asking.route_index)
         gate = self._gates[route.provider]
         if gate.paused:
             # For another round: nobody waits in a shard for somebody who may come tomorrow.
-            await self._release(job, asking, CallEnd("pending", next_at_s=asking.wait_s))
+            await self._outcomes.release(job, asking, CallEnd("pending", next_at_s=asking.wait_s))
             return None
-        request = _request(job, route, asking)
+        request = request_of(job, route, asking)
         async with gate.slots:
             sent = await self._send(job, asking, gate, route, request)
         match sent:
-            case _Sent():
-                return await self._conclude(job, asking, sent)
+            case Sent():
+                return await self._outcomes.conclude(job, asking, sent)
             case batches.AnsweredMeanwhile(result):
-                self._flights.land(_key(job), result)
-                await self._take_answer(job, _key(job), result)
+                self._flights.land(key_of(job), result)
+                await self._take_answer(job, key_of(job), result)
                 return None
             case batches.InFlight():
-                return None if await self._await_flight(job, _key(job)) else asking
+                return None if await self._await_flight(job, key_of(job)) else asking
             case _:
                 return sent
 
     async def _send(
-        self, job: Job, asking: _Asking, gate: Gate, route: Route, request: ChatRequest
-    ) -> "_Sent | _Asking | batches.AnsweredMeanwhile | batches.InFlight | None":
+        self, job: Job, asking: Asking, gate: Gate, route: Route, request: ChatRequest
+    ) -> "Sent | Asking | batches.AnsweredMeanwhile | batches.InFlight | None":
         run = job.run.number
         budget_ids = await self._waits.until(run, self._budgets.find(job.run, route.provider))
         if budget_ids is None:
             return asking
-        costs = charges.expected(round(_input_tokens(job, asking) * INPUT_MARGIN), request.max_output_tokens)
+        costs = charges.expected(round(input_tokens(job, asking) * INPUT_MARGIN), request.max_output_tokens)
         self.waiting_for_permits += 1
         try:
             permit = await self._waits_to_send.until(run, self.handle_rate_limits(job, gate, route, costs))
@@ -340,7 +270,7 @@ class LLMClient:
         if permit is None:
             return asking
         if isinstance(permit, Refused):
-            await self._put_off(job, asking, permit)
+            await self._outcomes.put_off(job, asking, permit)
             return None
         await self._waits_to_send.until(run, _sleep_until(permit.send_at - CLAIM_AHEAD_S))
         await self._waits.until(run, self._has_lease())
@@ -358,7 +288,7 @@ class LLMClient:
             self._limiter.release_unsent(permit)
             again = await self._waits.until(run, self.handle_rate_limits(job, gate, route, costs))
             if not isinstance(again, Permit):
-                await self._settle_unsent(job, grant, again)
+                await self._outcomes.settle_unsent(job, grant, again)
                 return None
             permit = again
         request = replace(request, attempt_id=f"{job.run.run_id}/{job.call.id}/{grant.number}")
@@ -377,7 +307,7 @@ class LLMClient:
 
     async def _exchange(
         self, gate: Gate, route: Route, request: ChatRequest, grant: batches.Claimed, worst: int
-    ) -> _Sent:
+    ) -> Sent:
         started = monotonic()
         self.in_flight += 1
         outcome: ChatReply | ProviderError
@@ -387,7 +317,7 @@ class LLMClient:
             outcome = error
         finally:
             self.in_flight -= 1
-        return _Sent(route, request, grant, outcome, round((monotonic() - started) * 1000), worst)
+        return Sent(route, request, grant, outcome, round((monotonic() - started) * 1000), worst)
 
     def _give_back(self, permit: Permit, outcome: ChatReply | ProviderError) -> None:
         if isinstance(outcome, ProviderError) and not outcome.sent:
@@ -410,18 +340,18 @@ class LLMClient:
             log.warning("limiter.unavailable", provider=route.provider)
 
     async def _reserve(
-        self, job: Job, asking: _Asking, route: Route, request: ChatRequest, budget_ids: tuple[int, ...]
+        self, job: Job, asking: Asking, route: Route, request: ChatRequest, budget_ids: tuple[int, ...]
     ) -> tuple[ChatRequest, int, batches.ClaimAnswer]:
         """Claims at the full cap, or at a smaller one when no budget will pay for the full one any more.
 
         Returns:
             The request as it may be sent, its worst price, and the answer to the claim.
         """
-        worst = _worst(job, asking, route, request)
-        grant = await self._writer.claim(self._claim(job, asking, route, worst, budget_ids))
+        worst = worst_price(job, asking, route, request)
+        grant = await self._writer.claim(claim_of(job, asking, route, worst, budget_ids, self._worker))
         if not isinstance(grant, batches.OverBudget) or not grant.for_good or route.price is None:
             return request, worst, grant
-        upper, most = _input_upper(job, asking, request), request.max_output_tokens
+        upper, most = input_upper(job, asking, request), request.max_output_tokens
         least = min(job.run.spec.min_output_tokens, most)
         in_time = affordable_cap(route.price, upper, grant.spare_nusd, most)
         if in_time < least:
@@ -431,37 +361,21 @@ class LLMClient:
             # What is in flight will give money back, and a much shorter answer would be a waste.
             return request, worst, replace(grant, for_good=False)
         request = replace(request, max_output_tokens=now)
-        worst = _worst(job, asking, route, request)
-        grant = await self._writer.claim(self._claim(job, asking, route, worst, budget_ids))
+        worst = worst_price(job, asking, route, request)
+        grant = await self._writer.claim(claim_of(job, asking, route, worst, budget_ids, self._worker))
         if isinstance(grant, batches.OverBudget):
             # Somebody was faster; whether that is for good is for the next try to find out.
             grant = replace(grant, for_good=False)
         return request, worst, grant
 
-    def _claim(self, job: Job, asking: _Asking, route: Route, worst: int, budget_ids: tuple[int, ...]) -> batches.Claim:
-        return batches.Claim(
-            call=job.call.id,
-            run=job.run.number,
-            step=job.kit.step.name,
-            provider=route.provider,
-            model=route.model,
-            worker=self._worker,
-            token=random.getrandbits(62),
-            worst_nusd=worst,
-            budget_ids=budget_ids,
-            price_source="none" if route.price is None else route.price.source,
-            held_fence=asking.fence,
-            key=_key(job) if _shares(job) else None,
-        )
-
     async def _not_claimed(
-        self, job: Job, asking: _Asking, answer: batches.NotMine | batches.OverBudget
-    ) -> _Asking | None:
+        self, job: Job, asking: Asking, answer: batches.NotMine | batches.OverBudget
+    ) -> Asking | None:
         if isinstance(answer, batches.NotMine):
             return None
         self._note_wait("budget")
         if answer.for_good:
-            await self._run_out(job, asking, answer.scope)
+            await self._outcomes.run_out(job, asking, answer.scope)
             return None
         # What is in flight will settle for less than its worst price, and then this call may fit. The more calls wait,
         # the longer each of them does: few of them fit at a time.
@@ -472,224 +386,6 @@ class LLMClient:
         finally:
             self._short_of_money -= 1
         return asking
-
-    async def _run_out(self, job: Job, asking: _Asking, scope: str) -> None:
-        """Goes on at another provider when only this one's budget is used up; stops the run otherwise."""
-        here, index = self.select_provider(job, asking.route_index).provider, asking.route_index + 1
-        following = job.kit.routes[index] if index < len(job.kit.routes) else None
-        if following is not None and following.provider != here and scope == ledger.provider_scope(here):
-            place = (index, following.provider, following.model)
-            await self._release(job, asking, CallEnd("pending", error_code="budget", route=place), always=True)
-            return
-        await self._release(job, asking, CallEnd("pending", error_code="budget"))
-        self._stop_run(job.run.number, "budget", scope)
-
-    async def _put_off(self, job: Job, asking: _Asking, refused: Refused) -> None:
-        if refused.possible:
-            await self._release(job, asking, CallEnd("pending", next_at_s=refused.wait_s), always=True)
-            return
-        message = f"the request alone is larger than the provider's limit of {refused.reason}"
-        await self._release(job, asking, CallEnd("failed", error_code="over_limit", error_message=message), always=True)
-
-    async def _release(self, job: Job, asking: _Asking, end: CallEnd, *, always: bool = False) -> None:
-        held = None if asking.fence is None else (asking.fence, self._worker)
-        if held is not None or always:
-            await self._writer.close(batches.Closing(job.call.id, end, _text(job, asking), held))
-
-    async def _settle_unsent(self, job: Job, grant: batches.Claimed, refused: Refused | None) -> None:
-        wait_s = refused.wait_s if isinstance(refused, Refused) and refused.possible else None
-        usage = ledger.Usage("stale", error_code="never_sent")
-        await self._writer.settle(self._settlement(job, grant, usage, CallEnd("pending", next_at_s=wait_s), None))
-
-    async def _conclude(self, job: Job, asking: _Asking, sent: _Sent) -> _Asking | None:
-        if isinstance(sent.outcome, ProviderError):
-            return await self._after_error(job, asking, sent, sent.outcome)
-        return await self._after_reply(job, asking, sent, sent.outcome)
-
-    async def _after_reply(self, job: Job, asking: _Asking, sent: _Sent, reply: ChatReply) -> _Asking | None:
-        usage, cost = self.track_usage(sent.route, sent.request, reply)
-        booked = ledger.Usage(
-            status="ok",
-            input_tokens=usage.input_tokens,
-            output_tokens=usage.output_tokens,
-            cached_tokens=usage.cached_tokens,
-            estimated=usage.estimated,
-            cost_nusd=cost,
-            latency_ms=sent.latency_ms,
-            http_status=200,
-            request_id=reply.request_id,
-            model_answered=reply.model,
-        )
-        try:
-            answer = self.validate_response(job.kit, reply)
-        except AnswerError as error:
-            status: ledger.AttemptStatus = "refused" if reply.refusal is not None else "bad_output"
-            kept = reply.text[:MAX_KEPT_RESPONSE]
-            bad = replace(booked, status=status, error_code=status, error_message=str(error), response=kept)
-            return await self._after_bad_answer(job, asking, sent, bad, reply)
-        end = CallEnd("completed", result=answer.to_json(), quality_score=answer.quality)
-        keep = _cache_entry(job, sent, answer, cost, reply)
-        is_stored = await self._writer.settle(self._settlement(job, sent.grant, booked, end, _text(job, asking), keep))
-        if is_stored and keep is not None:
-            self._flights.land(keep.key, keep.result)
-        return None
-
-    async def _after_bad_answer(
-        self, job: Job, asking: _Asking, sent: _Sent, booked: ledger.Usage, reply: ChatReply
-    ) -> _Asking | None:
-        if booked.status == "bad_output" and asking.reasks < job.kit.step.retry.reasks:
-            await self._settle(job, asking, sent, booked, CallEnd("running", reask=True))
-            return replace(
-                asking,
-                reasks=asking.reasks + 1,
-                route_attempts=asking.route_attempts + 1,
-                fence=sent.grant.fence,
-                correction=_correction(reply.text, booked.error_message or ""),
-            )
-        failure = retry.Failure(booked.error_code or booked.status, booked.status, "route")
-        return await self._follow(job, asking, sent, booked, failure)
-
-    async def _after_error(self, job: Job, asking: _Asking, sent: _Sent, error: ProviderError) -> _Asking | None:
-        failure = retry.classify(error)
-        if failure.status == "unknown" and not job.run.resends_unknown(job.kit.step):
-            failure = retry.Failure(UNKNOWN_OUTCOME, "unknown", "request")
-        used = error.usage or Usage(0, 0)
-        paid = 0 if sent.route.price is None else cost_nusd(sent.route.price, used)
-        booked = ledger.Usage(
-            status=failure.status,
-            input_tokens=used.input_tokens,
-            output_tokens=used.output_tokens,
-            cached_tokens=used.cached_tokens,
-            estimated=failure.status == "unknown",
-            # Nobody knows whether it was billed: the worst is booked until somebody does.
-            cost_nusd=sent.worst_nusd if failure.status == "unknown" else paid,
-            latency_ms=sent.latency_ms,
-            http_status=error.status,
-            request_id=error.request_id,
-            error_code=failure.code,
-            error_message=error.message,
-        )
-        return await self._follow(job, asking, sent, booked, failure)
-
-    async def _follow(
-        self, job: Job, asking: _Asking, sent: _Sent, booked: ledger.Usage, failure: retry.Failure
-    ) -> _Asking | None:
-        """Does what `workers.retry` decides after an attempt without an answer."""
-        more = asking.route_index + 1 < len(job.kit.routes)
-        tries = asking.route_attempts + 1
-        luck = random.random()
-        decision = retry.decide(failure, tries, job.kit.step.retry.attempts, more_routes=more, luck=luck)
-        told = (failure.code, booked.error_message)
-        match decision:
-            case retry.SendAgain(wait_s) if wait_s <= LONG_WAIT_S:
-                if not await self._settle(job, asking, sent, booked, CallEnd("running")):
-                    return None
-                began = monotonic()
-                await self._waits.until(job.run.number, asyncio.sleep(wait_s))
-                left_s = began + wait_s - monotonic()
-                return replace(
-                    asking,
-                    route_attempts=tries,
-                    fence=sent.grant.fence,
-                    wait_s=left_s if left_s > 0 else None,
-                )
-            case retry.SendAgain(wait_s):
-                await self._settle(job, asking, sent, booked, CallEnd("pending", next_at_s=wait_s))
-            case retry.TakeNextRoute():
-                following = self.select_provider(job, asking.route_index + 1)
-                place = (asking.route_index + 1, following.provider, following.model)
-                end = CallEnd("pending", error_code=told[0], error_message=told[1], route=place)
-                await self._settle(job, asking, sent, booked, end)
-            case retry.GiveUp():
-                end = CallEnd("failed", error_code=told[0], error_message=told[1])
-                await self._settle(job, asking, sent, booked, end)
-            case retry.StopRun(reason):
-                end = CallEnd("pending", error_code=told[0], error_message=told[1])
-                await self._settle(job, asking, sent, booked, end)
-                self._stop_run(job.run.number, reason, booked.error_message)
-        return None
-
-    async def _settle(self, job: Job, asking: _Asking, sent: _Sent, booked: ledger.Usage, end: CallEnd) -> bool:
-        return await self._writer.settle(self._settlement(job, sent.grant, booked, end, _text(job, asking)))
-
-    def _settlement(
-        self,
-        job: Job,
-        grant: batches.Claimed,
-        usage: ledger.Usage,
-        end: CallEnd,
-        text: CallText | None,
-        keep: CacheEntry | None = None,
-    ) -> batches.Settlement:
-        return batches.Settlement(job.call.id, grant.number, grant.fence, self._worker, usage, end, text, keep)
-
-
-def _request(job: Job, route: Route, asking: _Asking) -> ChatRequest:
-    return ChatRequest(
-        model=route.model,
-        messages=(*job.prompt.messages, *asking.correction),
-        max_output_tokens=route.max_output_tokens,
-        timeout_s=float(job.kit.step.timeout_s),
-        temperature=route.temperature,
-        seed=route.seed,
-        answer_schema=job.kit.schema,
-    )
-
-
-def booked_cost(route: Route, reply: ChatReply, usage: Usage) -> int:
-    """What a reply cost, in nano-USD: as the provider says, unless the operator's own price wins."""
-    if route.price is None:
-        return reply.cost_nusd or 0
-    if reply.cost_nusd is not None and route.price.source != "override":
-        return reply.cost_nusd
-    return cost_nusd(route.price, usage)
-
-
-def _worst(job: Job, asking: _Asking, route: Route, request: ChatRequest) -> int:
-    if route.price is None:
-        return 0
-    return worst_nusd(route.price, _input_upper(job, asking, request), request.max_output_tokens)
-
-
-def _input_upper(job: Job, asking: _Asking, request: ChatRequest) -> int:
-    return upper_bound(request.messages, request.answer_schema) if asking.correction else job.prompt.input_upper
-
-
-def _input_tokens(job: Job, asking: _Asking) -> int:
-    return job.prompt.input_tokens + (estimate_messages(asking.correction) if asking.correction else 0)
-
-
-def _text(job: Job, asking: _Asking) -> CallText:
-    route = job.kit.routes[min(asking.route_index, len(job.kit.routes) - 1)]
-    return CallText(job.prompt.text, cache_key(job.kit, route, job.prompt, job.call.repeat))
-
-
-def _shares(job: Job) -> bool:
-    """Whether a call takes answers from the cache and leaves its own there."""
-    return job.kit.step.cache and job.run.spec.cache_ttl_s > 0
-
-
-def _key(job: Job) -> str:
-    """The key of a call's answer. Its route is the same until it is put back."""
-    route = job.kit.routes[min(job.call.route_index, len(job.kit.routes) - 1)]
-    return cache_key(job.kit, route, job.prompt, job.call.repeat)
-
-
-def _cache_entry(job: Job, sent: _Sent, answer: Answer, cost: int, reply: ChatReply) -> CacheEntry | None:
-    if not _shares(job):
-        return None
-    kept = CachedAnswer(answer.to_json(), answer.quality, sent.route.provider, reply.model, cost)
-    key = cache_key(job.kit, sent.route, job.prompt, job.call.repeat)
-    return CacheEntry(key, job.prompt.messages_hash, kept.to_json(), float(job.run.spec.cache_ttl_s))
-
-
-def _correction(text: str, problem: str) -> tuple[Message, ...]:
-    return (
-        Message("assistant", text[:MAX_REASK_CHARS] or "(empty)"),
-        Message(
-            "user", f"That reply was not a valid answer: {problem}\nAnswer the question again, in the form asked for."
-        ),
-    )
 
 
 async def _sleep_until(at: float) -> None:

@@ -12,7 +12,7 @@ import structlog
 
 from orchestrator.database import Database, limits, runs
 from orchestrator.database.limits import Override
-from workers.client import Gate
+from workers.asking import Gate
 from workers.prepared import PreparedRun
 
 log = structlog.get_logger(__name__)

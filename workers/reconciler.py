@@ -26,7 +26,8 @@ from orchestrator.settings import Settings
 from providers.base import LooksUp, NotSupported
 from providers.errors import ProviderError
 from providers.messages import ChatReply, Usage
-from workers.client import MAX_KEPT_RESPONSE, Gate, booked_cost
+from workers.asking import Gate, booked_cost
+from workers.outcomes import MAX_KEPT_RESPONSE
 from workers.prepared import PreparedRun
 from workers.writer import BatchWriter
 

@@ -34,8 +34,9 @@ from orchestrator.reports.layouts import save_run
 from orchestrator.settings import LLMProviderConfig, Settings
 from providers.base import open_provider
 from providers.http import open_client
+from workers.asking import Gate
 from workers.charges import pool_limits
-from workers.client import Gate, LLMClient
+from workers.client import LLMClient
 from workers.limiter import Limiter
 from workers.limits import LimiterUnavailable
 from workers.orders import LOOK_S, ChangingLimits, read_orders, set_priorities

@@ -19,8 +19,9 @@ from orchestrator.database import Connection, Database, batches, cache, work
 from orchestrator.database.runs import UNKNOWN_OUTCOME, CallEnd, CallText
 from orchestrator.database.work import PendingCall, StepAnswers
 from prompts.errors import PromptError
+from workers.asking import Job
 from workers.cached import CachedAnswer
-from workers.client import Job, LLMClient
+from workers.client import LLMClient
 from workers.prepared import PreparedRun, Prompt, StepKit, cache_key
 from workers.writer import BatchWriter
 

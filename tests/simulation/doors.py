@@ -14,6 +14,7 @@ from kombu.exceptions import OperationalError
 from redis.exceptions import ConnectionError as RedisAway
 
 import workers.client
+import workers.outcomes
 import workers.prepared
 import workers.runtime
 from orchestrator import broker
@@ -289,6 +290,7 @@ def doors_of(world: "World") -> Any:
         patch.setattr(broker, "ask_shard", lambda _app, message: message)
         patch.setattr(broker, "close_window", lambda _app, window: window)
         patch.setattr(workers.client, "monotonic", world.loop.time)
+        patch.setattr(workers.outcomes, "monotonic", world.loop.time)
         patch.setattr(workers.prepared, "monotonic", world.loop.time)
         patch.setattr(workers.runtime, "Redis", redis)
         patch.setattr(workers.runtime, "Limiter", of_process(FakeLimiter))

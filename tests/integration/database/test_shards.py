@@ -17,8 +17,8 @@ from orchestrator.database.tables import prompt_executions
 from orchestrator.declaration import read_workflow
 from orchestrator.runspec import Route, RunSpec
 from tests.integration.database.stage import run_values
+from workers.asking import Job
 from workers.cached import CachedAnswer
-from workers.client import Job
 from workers.prepared import PreparedRun, cache_key, find_run
 from workers.shard import ask_shard
 from workers.writer import BatchWriter
