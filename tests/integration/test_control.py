@@ -121,7 +121,8 @@ class TestLimits:
             assert received_in(engine, 1.5) == 0
             engine.manager.set_limits("main", rpm=1200, concurrency=50)
             wait_until(lambda: received_in(engine, 0.2) > 0, IN_FORCE_S)
-            wait_until(lambda: received_in(engine, 0.5) <= 15, IN_FORCE_S)
+            # A tenth of the limit may leave at once; then it is twenty a second.
+            engine.wait_received(engine.fake.provider.number + 130)
             slow = received_in(engine, 3.0)
             assert 40 <= slow <= 66, slow
             engine.manager.clear_limits("main")
@@ -144,7 +145,9 @@ class TestBudgets:
         engine.wait_received(60)
         after = engine.manager.set_budget(run.run_id, Decimal("0.000001"))
         assert after.limit_nusd is not None
-        status = engine.wait(run, "paused", timeout_s=IN_FORCE_S)
+        # What was in flight settles for less than was reserved for it, and that is spent to the end before the pause.
+        status = engine.wait(run, "paused", timeout_s=4 * IN_FORCE_S)
+        assert engine.fake.provider.number < 500
         assert status["reason"] == "budget"
         # Each worker finds out by itself and pauses the run.
         assert received_in(engine, 1.0) < 80
