@@ -13,6 +13,7 @@ queues tell silence that means a loss from silence that means a long queue.
 
 import asyncio
 from collections.abc import Awaitable, Callable, Iterable, Mapping
+from functools import partial
 
 import structlog
 from redis.asyncio import Redis
@@ -34,6 +35,8 @@ from workers.writer import BatchWriter
 log = structlog.get_logger(__name__)
 
 LOCK = "reconciler"
+INTERNAL_ERROR = "internal_error"
+"""Why a run is paused that a bug of ours, or data of another release, keeps from going on."""
 SILENT_S = 5.0
 """Silence of an open window, with empty queues and none of its calls held, after which its messages count as lost."""
 SILENT_BEHIND_QUEUE_S = 600.0
@@ -180,6 +183,15 @@ class Reconciler:
             due = windows.due_or_silent(connection, silent_s)
             idle = runs.idle_runs(connection)
         for window in due:
-            self._orchestrator.close_window(window.id, due=True)
+            self._tend(window.run, partial(self._orchestrator.close_window, window.id, due=True))
         for run in idle:
-            self._orchestrator.coordinate_steps(run)
+            self._tend(run, partial(self._orchestrator.coordinate_steps, run))
+
+    def _tend(self, run: int, move: Callable[[], None]) -> None:
+        """Moves one run; one that cannot be understood is paused, so that the others are looked after all the same."""
+        try:
+            move()
+        except (LookupError, ValueError) as error:
+            log.error("run.not_understood", run=run, error=str(error))
+            sources = ("pending", "running")
+            self._orchestrator.manage_state(run, "paused", INTERNAL_ERROR, sources=sources, detail=str(error)[:200])

@@ -41,7 +41,7 @@ from workers.limiter import Limiter
 from workers.limits import LimiterUnavailable
 from workers.orders import LOOK_S, ChangingLimits, read_orders, set_priorities
 from workers.prepared import BudgetIds, PreparedRun, find_run
-from workers.reconciler import Reconciler, UnknownOutcomes, warn_of_budgets
+from workers.reconciler import INTERNAL_ERROR, Reconciler, UnknownOutcomes, warn_of_budgets
 from workers.shard import ask_shard
 from workers.writer import BatchWriter
 
@@ -50,6 +50,8 @@ T = TypeVar("T")
 
 LEASE_CHECK_S = 0.05
 
+BROKEN_SHARDS = 3
+"""Shards in a row that end in an error of ours before their run is paused: one may be an accident of its moment."""
 CONNECTIONS = 12
 """To the database: the writer's, and those of the few threads that read shards, close windows and look after others."""
 
@@ -75,6 +77,7 @@ class Runtime:
         self._at_work: Counter[int] = Counter()
         self._shards: set[broker.ShardMessage] = set()
         self._waits: Counter[str] = Counter()
+        self._broken: Counter[int] = Counter()
         self._draining = False
         self._lease_until = 0.0
         self._suspects: set[int] = set()
@@ -132,6 +135,13 @@ class Runtime:
         """Asks a shard and waits for its end; a second copy that arrives while the first is at work steps aside."""
         self.run(self._ask(message))
 
+    def note_broken_shard(self, run: int, error: Exception) -> None:
+        """Counts shards of a run that ended in an error of ours; the third one pauses the run."""
+        self._broken[run] += 1
+        if self._broken[run] >= BROKEN_SHARDS:
+            told = f"{type(error).__name__}: {error}"[:200]
+            self._loop.call_soon_threadsafe(self._stop_run, run, INTERNAL_ERROR, told)
+
     def stop_claiming(self) -> None:
         """Sends nothing more; what is in flight goes on. Safe to repeat."""
         self._draining = True
@@ -178,6 +188,7 @@ class Runtime:
         self._halted.discard(message.run)
         try:
             await ask_shard(self, message)
+            self._broken.pop(message.run, None)
         finally:
             self._shards.discard(message)
             self._at_work[message.window] -= 1

@@ -12,12 +12,16 @@ from typing import Any
 import structlog
 from celery import Celery
 from celery.signals import worker_init, worker_shutdown, worker_shutting_down
+from redis.exceptions import RedisError
 
 from orchestrator import broker
 from orchestrator.config import ConfigManager
+from orchestrator.database import DatabaseUnavailable
 from workers.runtime import Runtime
 
 log = structlog.get_logger(__name__)
+
+ENVIRONMENT_ERRORS = (DatabaseUnavailable, RedisError, OSError)
 
 GARBAGE_THRESHOLD = 5_000
 """New objects between two rounds over the youngest; Python's own 700 suits programs with fewer of them."""
@@ -47,7 +51,16 @@ class _Life:
         if version != broker.MESSAGE_VERSION or self._runtime is None:
             log.error("message.dropped", task=broker.ASK_SHARD, version=version)
             return
-        self._runtime.ask(broker.ShardMessage(*numbers))
+        message = broker.ShardMessage(*numbers)
+        try:
+            self._runtime.ask(message)
+        except ENVIRONMENT_ERRORS:
+            # The database or the broker is away: the reconciler asks for the shard again.
+            raise
+        except Exception as error:
+            # An entry point: whatever it is, its run must not go on for ever without a word.
+            self._runtime.note_broken_shard(message.run, error)
+            raise
 
     def close_window(self, version: int, window: int) -> None:
         """Task: look at a window and do what comes next."""

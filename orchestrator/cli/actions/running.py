@@ -261,6 +261,11 @@ def exit_code(status: dict[str, Any], max_failures: str) -> ExitCode:
             return ExitCode.ITEMS_FAILED if items["failed"] > allowed else ExitCode.OK
         case "failed":
             return ExitCode.ITEMS_FAILED
+        case "paused" if status["reason"] == "internal_error":
+            return ExitCode.INTERNAL_ERROR
+        case "paused" if str(status["reason"]).startswith("provider_"):
+            # A key, a quota or a model name: nothing that waiting or a larger budget would mend.
+            return ExitCode.NOT_READY
         case _:
             return ExitCode.STOPPED
 
