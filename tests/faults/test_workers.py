@@ -4,6 +4,8 @@ import signal
 import sqlite3
 import time
 
+import psutil
+
 from tests.engine import Engine, Worker, launch_engine
 from tests.packs import ONE
 from tests.servers import wait_until
@@ -31,6 +33,8 @@ def _is_stopped_outside_a_transaction(engine: Engine, worker: Worker) -> bool:
     if not worker.has_in_flight(engine):
         return False
     worker.signal(signal.SIGSTOP)
+    threads = psutil.Process(worker.pid).threads()
+    wait_until(lambda: all(psutil.Process(thread.id).status() == psutil.STATUS_STOPPED for thread in threads))
     database = sqlite3.connect(engine.home / "data" / "orchestrator.db", timeout=1.0, isolation_level=None)
     try:
         database.execute("BEGIN IMMEDIATE")
