@@ -308,11 +308,6 @@ class _Keys:
         if not self._is_settled:
             self.field = next((name for name in KEY_FIELDS if name in content), None)
             self._is_settled = True
-        # Most keys are like this, and a million of them are looked at while somebody waits.
-        plain = content.get(self.field) if self.field is not None else None
-        if isinstance(plain, str) and plain.isascii() and plain.isalnum() and len(plain) <= MAX_KEY_CHARS:
-            self._was_found = True
-            return plain
         if self.field is None:
             return hashlib.sha256(to_json(content).encode("utf-8", "surrogatepass")).hexdigest()
         if self.field not in content:
@@ -334,6 +329,8 @@ class _Keys:
         self._was_missed = True
 
     def _checked(self, key: str, line: int) -> str | None:
+        if key.isascii() and key.isprintable() and len(key) <= MAX_KEY_CHARS and not key.isspace() and key:
+            return key
         if not key.isascii():
             key = unicodedata.normalize("NFC", key)
         if not key.strip():
