@@ -114,10 +114,13 @@ def move_run(
 
 def _ended(connection: Connection) -> dict[str, Any]:
     if connection.dialect.name == "sqlite":
+        # CURRENT_TIMESTAMP has whole seconds there, so a short run would end before it began.
+        clock = func.strftime("%Y-%m-%d %H:%M:%f000", "now")
         seconds = (func.julianday("now") - func.julianday(_runs.started_at)) * 86400.0
     else:
+        clock = func.clock_timestamp()
         seconds = func.extract("epoch", func.clock_timestamp() - _runs.started_at)
-    return {"completed_at": func.current_timestamp(), "duration_seconds": seconds}
+    return {"completed_at": clock, "duration_seconds": seconds}
 
 
 def set_priority(connection: Connection, run: int, priority: int) -> None:

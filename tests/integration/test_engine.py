@@ -46,6 +46,7 @@ class TestAnswers:
         status = engine.wait(run)
         assert status["status"] == "completed"
         assert status["items"] == {"total": 10, "completed": 10, "failed": 0, "skipped": 0}
+        assert status["completed_at"] > status["started_at"]
         history = engine.check(run)
         assert history.received == history.calls["completed"] == 21
         ranked = engine.rows(
