@@ -6,8 +6,6 @@ all worker processes and of the broker. And the limiter alone, in processes that
 """
 
 import argparse
-import asyncio
-import os
 import resource
 import subprocess
 import sys
@@ -15,12 +13,11 @@ import time
 from contextlib import ExitStack
 
 import psutil
-from redis import Redis as SyncRedis
-from redis.asyncio import Redis
+from redis import Redis
 
 from tests.engine import Engine, launch_engine
+from tests.packs import ONE
 from tests.servers import start_valkey
-from workers.limiter import Limiter, Permit, Pool, PoolLimits
 
 BURST = 20
 LATENCY_S = 0.3
@@ -32,13 +29,11 @@ def main() -> None:
     parser.add_argument("--rpm", type=int, default=1_200, help="requests per minute (default 1200)")
     parser.add_argument("--calls", type=int, default=1_200, help="calls of the run (default 1200)")
     parser.add_argument("--limiter-only", action="store_true", help="leave the product out")
-    parser.add_argument("--asker", metavar="URL", help=argparse.SUPPRESS)
+    parser.add_argument("--product-only", action="store_true", help="leave the limiter alone out")
     given = parser.parse_args()
-    if given.asker:
-        asyncio.run(_ask(given.asker, given.rpm, given.calls))
-        return
     for workers in given.workers:
-        print(_alone(workers, given.rpm, given.calls), flush=True)
+        if not given.product_only:
+            print(_alone(workers, given.rpm, given.calls), flush=True)
         if not given.limiter_only:
             print(_product(workers, given.rpm, given.calls), flush=True)
 
@@ -48,7 +43,7 @@ def _product(workers: int, rpm: int, calls: int) -> str:
     service = {"rpm": rpm, "limiter": "bucket", "burst": BURST, "latency_s": LATENCY_S}
     with launch_engine(providers={"main": limits}, fakes={"main": service}, workers=workers) as engine:
         before_s = _cpu_s(engine)
-        run = engine.start_run(calls)
+        run = engine.start_run(calls, ONE)
         engine.wait(run, timeout_s=calls / rpm * 120 + 60)
         used_s = _cpu_s(engine) - before_s
         log = engine.fake.log()
@@ -72,14 +67,13 @@ def _alone(processes: int, rpm: int, calls: int) -> str:
     with start_valkey() as server, ExitStack() as held:
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
         began = time.monotonic()
-        command = [sys.executable, "-m", "benchmarks.limiter", "--asker", server.url, "--rpm", str(rpm)]
-        command += ["--calls", str(calls // processes)]
+        command = [sys.executable, "-m", "benchmarks.limiter_asker", server.url, str(rpm), str(calls // processes)]
         askers = [held.enter_context(subprocess.Popen(command)) for _ in range(processes)]
         if any(asker.wait() for asker in askers):
             raise RuntimeError("an asker failed")
         took_s = time.monotonic() - began
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        with SyncRedis.from_url(server.url) as client:
+        with Redis.from_url(server.url) as client:
             told = client.info("cpu")
     server_s = told["used_cpu_user"] + told["used_cpu_sys"]
     askers_s = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
@@ -87,34 +81,6 @@ def _alone(processes: int, rpm: int, calls: int) -> str:
         f"{processes} process(es), {calls} permits at {rpm} rpm: {took_s:.1f} s; CPU {askers_s + server_s:.2f} s, "
         f"of it {server_s:.2f} s in the server"
     )
-
-
-async def _ask(url: str, rpm: int, permits: int) -> None:
-    client = Redis.from_url(url)
-    limiter = Limiter(client, "bench")
-    allowed = PoolLimits(rpm=rpm, rpm_burst=BURST, tpm=rpm * 10_000)
-
-    async def one(number: int) -> None:
-        while True:
-            got = await limiter.permit(
-                Pool("bench:account:model"),
-                allowed,
-                {"rpm": 1, "tpm": 900},
-                permit_id=f"{os.getpid()}-{number}",
-                lease_s=30.0,
-                max_wait_s=120.0,
-                run=str(os.getpid()),
-            )
-            if isinstance(got, Permit) and await limiter.wait_until_due(got):
-                await asyncio.sleep(LATENCY_S)
-                limiter.settle(got, {"tpm": 500})
-                return
-            if isinstance(got, Permit):
-                limiter.release_unsent(got)
-
-    await asyncio.gather(*(one(number) for number in range(permits)))
-    await limiter.aclose()
-    await client.aclose()
 
 
 if __name__ == "__main__":

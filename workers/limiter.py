@@ -44,7 +44,7 @@ class Limiter:
     """
 
     def __init__(
-        self, redis: Redis, prefix: str, *, margin: float = 0.01, horizon_s: float = 0.5, batch: int = 64
+        self, redis: Redis, prefix: str, *, margin: float = 0.0075, horizon_s: float = 0.5, batch: int = 64
     ) -> None:
         """Remember the server and the deployment.
 

@@ -23,7 +23,8 @@ LINGER_S = 0.002
 # Refunds of other processes can free room earlier than the last answer said.
 MAX_RECHECK_S = 1.0
 # Shares of the horizon: room for several permits gathers while the reserved ones are still ahead of us.
-RECHECK_SHARES = (0.1, 0.4)
+RECHECK_SHARES = (0.15, 0.5)
+SMALL_BATCH = 8
 CONCURRENCY_POLL_S = (0.02, 0.05)
 SHARE_POLL_S = (0.04, 0.1)
 
@@ -36,6 +37,7 @@ class PoolState:
         reach: the pool and all wider ones, each with its terms, as the latest request named them.
         leases: live permit ids and the end of their lease on Redis's clock.
         seen: what the provider said about its limits when it answered a permit's request, until that is settled.
+        batch: how many requests to ask for next, at most.
         smaller: limits of the provider that are smaller than ours, as last reported in the log.
     """
 
@@ -54,6 +56,7 @@ class PoolState:
     not_before_at: float = -math.inf
     heard_at: float = -math.inf
     ttl_s: float = MIN_TTL_S
+    batch: int = SMALL_BATCH
     refusal: Refused | None = None
     blocked_since: float | None = None
 
@@ -87,7 +90,7 @@ class Pump:
     async def run(self, state: PoolState) -> None:
         """Serve the queues of a pool until they are empty. One at a time per pool."""
         try:
-            while batch := state.queues.batch(self._batch):
+            while batch := state.queues.batch(min(self._batch, state.batch)):
                 state.wake.clear()
                 answer = await self._ask(state, batch)
                 self._grant(state, batch, answer)
@@ -139,6 +142,10 @@ class Pump:
             else:
                 waiting.answer.set_result(permit)
         state.queues.remove([batch[place] for place, _, _ in answer.granted])
+        # Naming requests that cannot be granted yet costs time on both sides.
+        state.batch = 2 * max(
+            len(answer.granted), SMALL_BATCH // 2 if answer.status == "refused" else min(state.batch, self._batch)
+        )
         now = now_s()
         if answer.status == "ok":
             state.refusal, state.blocked_since = None, None

@@ -15,8 +15,10 @@ from workers.limits import DAY_S, Limit, PoolLimits
 SLOTS_PER_WINDOW = 600
 # Below this a margin would be smaller than the jitter of an ordinary event loop.
 MIN_MARGIN_S = 0.02
-# One request may reach the provider so much later than the next one without exceeding the burst that it allows.
-MAX_JITTER_S = 0.1
+# One request may reach the provider so much later than the next one without exceeding the burst that it allows; of
+# that, this process may take so much.
+MAX_JITTER_S = 0.15
+MAX_LATE_S = 0.12
 # How far the provider's clock may differ from ours when it turns the page of its calendar.
 MIDNIGHT_GUARD_S = 5.0
 # State must outlive the longest window it describes; two hours also cover the lease of every ordinary call.
@@ -75,7 +77,7 @@ class TermsBook:
             concurrency=limits.concurrency or 0,
             args=tuple(args),
             # Half of the margin is for the process, the other half for the network.
-            slack_s=min((self._margin_s(limit) / 2 for limit in sliding), default=math.inf),
+            slack_s=min((min(MAX_LATE_S, self._margin_s(limit) / 2) for limit in sliding), default=math.inf),
             ttl_s=MIN_TTL_S + 2 * max((limit.window_s for limit in dimensions), default=0.0),
             valid_until=math.inf if len(sliding) == len(dimensions) else time.monotonic() + ZONE_CHECK_S,
         )

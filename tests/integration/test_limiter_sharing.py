@@ -187,18 +187,18 @@ class TestSightings:
 
 
 class TestShrinking:
-    def test_one_refusal_is_no_wave_and_two_are(self, valkey):
+    def test_two_refusals_are_no_wave_and_three_are(self, valkey):
         async def scenario() -> list[float]:
             client = Redis.from_url(valkey.url)
             async with limiter(valkey) as found, limiter(valkey) as other:
                 shares = []
-                for asker in (found, other, found):
+                for asker in (found, other, found, other):
                     await asker.penalise(MODEL, 0.0)
                     shares.append(float(await client.hget(found._bucket.keys(MODEL)[0], "f")))
                 await client.aclose()
                 return shares
 
-        assert asyncio.run(scenario()) == [1.0, 0.8, 0.8]
+        assert asyncio.run(scenario()) == [1.0, 1.0, 0.8, 0.8]
 
     def test_a_pool_that_was_cut_sends_less_and_recovers_by_the_minute(self, valkey):
         async def scenario() -> list[int]:
