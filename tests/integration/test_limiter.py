@@ -316,7 +316,7 @@ def test_a_penalty_moves_the_whole_pool_and_voids_what_was_reserved(valkey):
     allowed = limits(120, 60.0, 1)
 
     async def scenario() -> tuple[bool, bool, Permit, float]:
-        async with limiter(valkey) as found, limiter(valkey) as other:
+        async with limiter(valkey, horizon_s=5.0) as found, limiter(valkey) as other:
             await granted(found, allowed, "a")
             ahead = await granted(found, allowed, "b")
             loop = asyncio.get_running_loop()
