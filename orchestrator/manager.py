@@ -28,7 +28,6 @@ from orchestrator.database import (
     ledger,
     limits,
     reports,
-    runs,
     work,
 )
 from orchestrator.database.ledger import Budget
@@ -284,7 +283,7 @@ class WorkflowManager:
             if not self._database.is_prepared():
                 return None
             with self._database.snapshot() as connection:
-                return runs.unfinished(connection, identity)
+                return intake.unfinished(connection, identity)
         except DatabaseUnavailable as error:
             reason = str(error.orig).strip().splitlines() or ["no reason was given"]
             hint = "check DATABASE_URL and that the database runs"

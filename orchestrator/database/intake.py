@@ -13,6 +13,7 @@ from sqlalchemy import Connection, func, insert, select, update
 
 from orchestrator.database import ledger
 from orchestrator.database.engine import NOW
+from orchestrator.database.runs import OPEN_RUN
 from orchestrator.database.tables import items, windows, workflow_executions
 
 _runs = workflow_executions.c
@@ -67,3 +68,9 @@ def add_windows(
 def complete_input(connection: Connection, run: int) -> None:
     """Notes that all items are stored."""
     connection.execute(update(workflow_executions).where(_runs.id == run).values(input_complete=True))
+
+
+def unfinished(connection: Connection, identity: str) -> str | None:
+    """Id of the newest run of an identity that has not ended; None if there is none."""
+    query = select(_runs.run_id).where(_runs.identity == identity, _runs.status.in_(OPEN_RUN))
+    return connection.execute(query.order_by(_runs.id.desc()).limit(1)).scalar_one_or_none()

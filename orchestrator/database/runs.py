@@ -394,9 +394,3 @@ def runs_not_running(connection: Connection, numbers: Iterable[int]) -> set[int]
     wanted = set(numbers)
     query = select(_runs.id).where(_runs.id.in_(wanted), _runs.status == "running")
     return wanted - set(connection.execute(query).scalars())
-
-
-def unfinished(connection: Connection, identity: str) -> str | None:
-    """Id of the newest run of an identity that has not ended; None if there is none."""
-    query = select(_runs.run_id).where(_runs.identity == identity, _runs.status.in_(OPEN_RUN))
-    return connection.execute(query.order_by(_runs.id.desc()).limit(1)).scalar_one_or_none()

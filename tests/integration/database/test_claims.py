@@ -255,11 +255,11 @@ def test_runs_that_must_stop_are_told_apart(stage: Stage):
 
 def test_an_unfinished_run_is_found_by_what_it_asks(stage: Stage):
     with stage.database.snapshot() as connection:
-        assert runs.unfinished(connection, "1" * 64) == "run-1"
-        assert runs.unfinished(connection, "2" * 64) is None
+        assert intake.unfinished(connection, "1" * 64) == "run-1"
+        assert intake.unfinished(connection, "2" * 64) is None
     stage.move("cancelled", "running")
     with stage.database.snapshot() as connection:
-        assert runs.unfinished(connection, "1" * 64) is None
+        assert intake.unfinished(connection, "1" * 64) is None
 
 
 def test_open_calls_come_in_the_order_of_their_items_with_their_waiting_times(stage: Stage):

@@ -13,7 +13,10 @@ from orchestrator.judging.ranking import Ranked, Scored
 grades = st.one_of(st.integers(0, 10), st.floats(0, 10, allow_nan=False).map(lambda value: round(value, 2)))
 scored = st.lists(
     st.builds(
-        lambda key, a, b: Scored(int(key, 36), key, {"a": a, "b": b}), st.text("abc012", min_size=1, max_size=12), grades, grades
+        lambda key, a, b: Scored(int(key, 36), key, {"a": a, "b": b}),
+        st.text("abc012", min_size=1, max_size=12),
+        grades,
+        grades,
     ),
     unique_by=lambda one: one.ordinal,
 )

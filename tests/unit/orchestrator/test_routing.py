@@ -151,7 +151,8 @@ def test_a_cap_beyond_the_models_own_is_lowered():
 def test_a_provider_that_is_not_configured_is_told_and_the_others_are_kept():
     found, (problem,) = routes(provider="rde", of_step=Routing(fallback=("blue",)))
     assert [route.provider for route in found] == ["blue"]
-    assert (problem.code, problem.place, problem.hint) == ("route.unknown-provider", "--provider", "did you mean 'red'?")
+    assert (problem.code, problem.place) == ("route.unknown-provider", "--provider")
+    assert problem.hint == "did you mean 'red'?"
 
 
 def test_a_vendor_without_its_key_is_told_by_the_variable():
