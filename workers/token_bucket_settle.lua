@@ -107,15 +107,16 @@ local function adopt(d, sent, sum, level, units, limit, remaining, full_us)
   end
   if remaining < 0 or sent <= d.corrected then return end
   local missing, e = units - sum - remaining, math.floor(now / d.q)
-  if full_us >= 0 and full_us < 2 * d.q then
-    return
-  elseif full_us >= 0 then
-    -- It lasts until the provider has everything again: counted as if it had been sent a window before that moment.
-    e = math.min(e, math.floor((now + full_us - d.window) / d.q))
-  else
-    -- A provider with a small bucket never has much left and soon has it again: only what we would send at once counts.
+  if full_us < 0 then
+    -- A provider with a small bucket never has much left and soon has it again, and it does not say when: only what we
+    -- would send at once counts, and what is taken off it comes back at the pace of the limit.
     missing = math.min(missing, level - remaining)
+    if missing > 0 then d.level, d.corrected, d.dirty = d.level - missing, now, true end
+    return
   end
+  if full_us < 2 * d.q then return end
+  -- It lasts until the provider has everything again: counted as if it had been sent a window before that moment.
+  e = math.min(e, math.floor((now + full_us - d.window) / d.q))
   if missing <= 0 or (e + 1) * d.q + d.window <= now then return end
   if d.first > d.tail then d.first, d.tail, d.sum = e, e, 0 end
   d.first, d.tail = math.min(d.first, e), math.max(d.tail, e)

@@ -182,6 +182,9 @@ class TestSightings:
         """Both were sent before anybody knew; the second must not be counted on top of the first."""
         assert self.sight(valkey, {"rpm": Sighting(10, 5)}, {"rpm": Sighting(10, 4)}) == 4
 
+    def test_what_others_used_stays_counted_until_the_provider_is_full_again(self, valkey):
+        assert self.sight(valkey, {"rpm": Sighting(10, 2, 40.0)}) == 2
+
     def test_what_is_back_in_a_moment_is_not_missed_for_a_minute(self, valkey):
         assert self.sight(valkey, {"rpm": Sighting(10, 0, 0.0)}) == 9
 
