@@ -128,9 +128,9 @@ class OpenAIProvider:
             raise error_of(self._name, reply.status, reply.headers, reply.body, self._secret())
         rows = self._decoded(reply).get("data")
         for row in cast("list[object]", rows) if isinstance(rows, list) else []:
-            body = cast("Mapping[str, Any]", row) if isinstance(row, dict) else {}
+            body = _mapping(row)
             # A server that does not know the filter lists anything.
-            if (body.get("metadata") or {}).get(_ATTEMPT) == attempt_id:
+            if _mapping(body.get("metadata")).get(_ATTEMPT) == attempt_id:
                 return _stored_reply(body)
         return None
 
@@ -355,14 +355,18 @@ def _nusd(usd: object) -> int | None:
     return round(amount * NUSD_PER_USD) if amount.is_finite() and 0 <= amount < 1_000_000 else None
 
 
+def _mapping(value: object) -> Mapping[str, Any]:
+    """A JSON object as it is, and anything else as an empty one."""
+    return cast("Mapping[str, Any]", value) if isinstance(value, dict) else {}
+
+
 def _stored_reply(body: Mapping[str, Any]) -> ChatReply:
     choices = body.get("choices")
-    first: Any = choices[0] if isinstance(choices, list) and choices else {}
-    choice = cast("Mapping[str, Any]", first) if isinstance(first, dict) else {}
-    message: Any = choice.get("message")
+    choice = _mapping(cast("list[object]", choices)[0] if isinstance(choices, list) and choices else None)
+    message = _mapping(choice.get("message"))
     model, name = body.get("model"), body.get("id")
     return ChatReply(
-        text=(_text_of(cast("dict[str, Any]", message).get("content")) if isinstance(message, dict) else None) or "",
+        text=_text_of(message.get("content")) or "",
         finish_reason=_FINISH_REASONS.get(str(choice.get("finish_reason")), "stop"),
         usage=_usage_of(body.get("usage")),
         model=model if isinstance(model, str) else "",
