@@ -254,6 +254,7 @@ def _ended(session: _Session, started: StartedRun, status: dict[str, Any], follo
 
 def exit_code(status: dict[str, Any], max_failures: str) -> ExitCode:
     """What the end of a run means to the shell."""
+    reason = str(status.get("reason"))
     match status["status"]:
         case "completed":
             items = status["items"]
@@ -261,9 +262,9 @@ def exit_code(status: dict[str, Any], max_failures: str) -> ExitCode:
             return ExitCode.ITEMS_FAILED if items["failed"] > allowed else ExitCode.OK
         case "failed":
             return ExitCode.ITEMS_FAILED
-        case "paused" if status["reason"] == "internal_error":
+        case "paused" if reason == "internal_error":
             return ExitCode.INTERNAL_ERROR
-        case "paused" if str(status["reason"]).startswith("provider_"):
+        case "paused" if reason.startswith("provider_"):
             # A key, a quota or a model name: nothing that waiting or a larger budget would mend.
             return ExitCode.NOT_READY
         case _:
