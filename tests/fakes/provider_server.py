@@ -44,8 +44,9 @@ TWENTY_MIB = 20 * 1024 * 1024
 class Connection(asyncio.Protocol):
     """One kept-alive connection: requests are served one after the other."""
 
-    def __init__(self, provider: FakeProvider) -> None:
+    def __init__(self, provider: FakeProvider, connected: set[asyncio.Transport] | None = None) -> None:
         self._provider = provider
+        self._connected = set[asyncio.Transport]() if connected is None else connected
         self._buffer = b""
         self._is_busy = False
         self._transport: asyncio.Transport
@@ -53,6 +54,10 @@ class Connection(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)
         self._transport = transport
+        self._connected.add(transport)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._connected.discard(self._transport)
 
     def data_received(self, data: bytes) -> None:
         self._buffer += data
@@ -183,9 +188,10 @@ class RunningServer:
 
     def __init__(self, options: ServerOptions) -> None:
         self.provider = FakeProvider(options)
+        self._connections: set[asyncio.Transport] = set()
         self._loop = asyncio.new_event_loop()
         self._server = self._loop.run_until_complete(
-            self._loop.create_server(lambda: Connection(self.provider), "127.0.0.1", 0, backlog=4096)
+            self._loop.create_server(lambda: Connection(self.provider, self._connections), "127.0.0.1", 0, backlog=4096)
         )
         self.port: int = self._server.sockets[0].getsockname()[1]
         self.base_url = f"http://127.0.0.1:{self.port}/v1"
@@ -202,12 +208,19 @@ class RunningServer:
         return read_log(Path(self.provider.options.log))
 
     def close(self) -> None:
-        """Stop listening and end the thread."""
-        self._loop.call_soon_threadsafe(self._server.close)
+        """End it. Connections are ended, too, and all that is closed is really closed before the loop goes away."""
+        asyncio.run_coroutine_threadsafe(self._end(), self._loop).result(5)
         self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join(5)
+        self._thread.join()
         self._loop.close()
         self.provider.close()
+
+    async def _end(self) -> None:
+        self._server.close()
+        for connection in list(self._connections):
+            connection.abort()
+        while self._connections:
+            await asyncio.sleep(0)
 
     async def _apply(self, command: dict[str, Any]) -> None:
         apply_control(self.provider, command)
