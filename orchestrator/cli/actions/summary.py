@@ -32,6 +32,9 @@ def print_summary(database: Database, settings: Settings, run: int, status: Mapp
         rows = [[one["step"], f"{one['calls']:,}", f"{one['attempts']:,}", f"${one['cost_usd']}"] for one in by_step]
         out.print(table(("step", "calls>", "attempts>", "cost>"), rows, "Cost by step"))
         out.print()
+    elif status["calls"]["completed"]:
+        out.print(f"Cost by step: none, all {status['calls']['completed']:,} answers came from the cache")
+        out.print()
     _print_end(out, status)
     if providers and all(_is_simulator(settings, name) for name in providers):
         out.print("These answers are simulated: no model was asked, and they mean nothing.", style="bold")
