@@ -20,7 +20,7 @@ from providers.messages import ChatReply, ChatRequest, Message, Usage
 from providers.pricing import cost_nusd, worst_nusd
 from providers.tokens import estimate_messages, upper_bound
 from workers.cached import CachedAnswer
-from workers.limits import Pool, PoolLimits, Wider
+from workers.limiter import Pool, PoolLimits, Wider
 from workers.prepared import PreparedRun, Prompt, StepKit, cache_key
 
 MAX_REASK_CHARS = 4_000

@@ -1,13 +1,13 @@
 """Pure: a provider's limits, what one request takes of them, what it really took, and what the reply says about them.
 
-The names are those of `workers.limits.PoolLimits`; a provider that has no such limit ignores the charge.
+The names are those of `workers.limiter.PoolLimits`; a provider that has no such limit ignores the charge.
 """
 
 from collections.abc import Mapping
 
 from orchestrator.settings import LLMProviderConfig
 from providers.messages import RateLimitHint, Usage
-from workers.limits import MINUTE_S, PoolLimits, Sighting
+from workers.limiter import MINUTE_S, PoolLimits, Sighting
 
 MOST_WEIGHT = 10
 """Priorities beyond this, up or down, change nothing more: a thousandth is next to nothing already."""

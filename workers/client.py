@@ -39,8 +39,7 @@ from workers.asking import (
 )
 from workers.cached import CachedAnswer
 from workers.flights import Flights
-from workers.limiter import Limiter
-from workers.limits import LimiterUnavailable, Permit, Refused
+from workers.limiter import Limiter, LimiterUnavailable, Permit, Refused
 from workers.outcomes import LONG_WAIT_S, Outcomes, track_usage
 from workers.prepared import BudgetIds, StepKit
 from workers.waits import Waits

@@ -30,7 +30,7 @@ from workers.asking import (
     text_of,
 )
 from workers.flights import Flights
-from workers.limits import Refused
+from workers.limiter import Refused
 from workers.waits import Waits
 from workers.writer import BatchWriter
 

@@ -37,8 +37,7 @@ from providers.http import open_client
 from workers.asking import Gate
 from workers.charges import pool_limits
 from workers.client import LLMClient
-from workers.limiter import Limiter
-from workers.limits import LimiterUnavailable
+from workers.limiter import Limiter, LimiterUnavailable
 from workers.orders import LOOK_S, ChangingLimits, read_orders, set_priorities
 from workers.prepared import BudgetIds, PreparedRun, find_run
 from workers.reconciler import INTERNAL_ERROR, Reconciler, UnknownOutcomes, warn_of_budgets

@@ -14,8 +14,8 @@ from redis.asyncio import Redis
 
 from tests.servers import ValkeyServer, start_valkey
 from tests.strict_limits import Sending, fixed_window, sliding_log, token_bucket
-from workers.bucket import Bucket, Correction
 from workers.limiter import Limit, Limiter, LimiterUnavailable, Permit, Pool, PoolLimits, Refused
+from workers.limiter.bucket import Bucket, Correction
 
 POOL = Pool("simulator:abc123:small")
 

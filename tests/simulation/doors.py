@@ -23,7 +23,7 @@ from providers import errors
 from providers.messages import ChatReply, ChatRequest, Usage
 from tests.simulation.clock import ACTOR
 from tests.simulation.process import Killed, Process, Worker, Writer
-from workers.limits import LimiterUnavailable, Permit, Pool, Refused
+from workers.limiter import LimiterUnavailable, Permit, Pool, Refused
 
 if TYPE_CHECKING:
     from tests.simulation.world import World

@@ -11,7 +11,7 @@ local clock = redis.call('TIME')
 local now = tonumber(clock[1]) * 1000000 + tonumber(clock[2])
 local RECEIPTS = KEYS[4]
 local ttl, npermits = ARGV[1], tonumber(ARGV[2])
--- As in `workers.terms`.
+-- As in `workers.limiter.terms`.
 local SLOTS_PER_WINDOW = 600
 
 local function int(x) return string.format('%.0f', x) end

@@ -5,8 +5,8 @@ module is the door: it hands out moments of the event loop's own clock, takes ba
 providers say about their limits. What an error of a provider means for the pool is decided
 elsewhere; here is only `penalise`.
 
-The rest of it, from the top down: `pump` asks for what waits in `waiting`, `settling` writes what calls really cost,
-`bucket` turns both into script calls, `terms` works out what a script must know of the nouns in `limits`.
+From the top down: `pump` asks for what waits in `waiting`, `settling` writes what calls really cost, `bucket` turns
+both into script calls, `terms` works out what a script must know of the nouns in `limits`. Others import from here.
 """
 
 import asyncio
@@ -18,14 +18,35 @@ from collections.abc import Mapping, Sequence
 import structlog
 from redis.asyncio import Redis
 
-from workers.bucket import Bucket, Correction, Reach
-from workers.limits import Limit, LimiterUnavailable, Permit, Pool, PoolLimits, Refused, Sighting, Wider
-from workers.pump import PoolState, Pump, now_s
-from workers.settling import BATCH, Settlements
-from workers.terms import MIN_TTL_S, TermsBook
-from workers.waiting import Waiting
+from workers.limiter.bucket import Bucket, Correction, Reach
+from workers.limiter.limits import (
+    MINUTE_S,
+    Limit,
+    LimiterUnavailable,
+    Permit,
+    Pool,
+    PoolLimits,
+    Refused,
+    Sighting,
+    Wider,
+)
+from workers.limiter.pump import PoolState, Pump, now_s
+from workers.limiter.settling import BATCH, Settlements
+from workers.limiter.terms import MIN_TTL_S, TermsBook
+from workers.limiter.waiting import Waiting
 
-__all__ = ["Limit", "Limiter", "LimiterUnavailable", "Permit", "Pool", "PoolLimits", "Refused", "Sighting", "Wider"]
+__all__ = [
+    "MINUTE_S",
+    "Limit",
+    "Limiter",
+    "LimiterUnavailable",
+    "Permit",
+    "Pool",
+    "PoolLimits",
+    "Refused",
+    "Sighting",
+    "Wider",
+]
 
 log = structlog.get_logger(__name__)
 

@@ -13,8 +13,8 @@ from typing import Any, Literal, Protocol, TypeVar, cast
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
-from workers.limits import LimiterUnavailable, Pool, Sighting
-from workers.terms import Terms
+from workers.limiter.limits import LimiterUnavailable, Pool, Sighting
+from workers.limiter.terms import Terms
 
 CLOCK_SAMPLE_S = 10.0
 # Connecting and loading a script make the first round trip long, and its midpoint says little about the clock.
@@ -124,7 +124,8 @@ class Bucket:
         self.clock = Clock()
 
     def _script(self, name: str) -> Script:
-        return cast("Script", self._redis.register_script(resources.files("workers").joinpath(name).read_text("utf-8")))
+        source = resources.files("workers.limiter").joinpath(name).read_text("utf-8")
+        return cast("Script", self._redis.register_script(source))
 
     def keys(self, pool: Pool) -> tuple[str, str, str, str]:
         """State, slots, leases and receipts of a pool; the hash tag keeps them on one node of a cluster."""

@@ -12,11 +12,11 @@ import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-from workers.bucket import Answer, Bucket, Memory, Reach, Request
-from workers.limits import LimiterUnavailable, Permit, Pool, Refused, Sighting
-from workers.settling import Settlements
-from workers.terms import MIN_TTL_S
-from workers.waiting import Queues, Waiting
+from workers.limiter.bucket import Answer, Bucket, Memory, Reach, Request
+from workers.limiter.limits import LimiterUnavailable, Permit, Pool, Refused, Sighting
+from workers.limiter.settling import Settlements
+from workers.limiter.terms import MIN_TTL_S
+from workers.limiter.waiting import Queues, Waiting
 
 # One script call per pool and this long: what arrives meanwhile shares the next call.
 LINGER_S = 0.002

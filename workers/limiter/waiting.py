@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
 
-from workers.limits import Permit, Refused
+from workers.limiter.limits import Permit, Refused
 
 
 @dataclass(slots=True, eq=False)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from zoneinfo import ZoneInfo
 
-from workers.limits import DAY_S, Limit, PoolLimits
+from workers.limiter.limits import DAY_S, Limit, PoolLimits
 
 SLOTS_PER_WINDOW = 600
 # Below this a margin would be smaller than the jitter of an ordinary event loop.

@@ -4,8 +4,8 @@ import asyncio
 from collections.abc import Awaitable, Callable, Collection, Sequence
 from itertools import islice
 
-from workers.bucket import Correction
-from workers.limits import LimiterUnavailable
+from workers.limiter.bucket import Correction
+from workers.limiter.limits import LimiterUnavailable
 
 # What is settled within this time shares a script call.
 LINGER_S = 0.002
