@@ -80,7 +80,8 @@ class Usage:
 class RateLimitHint:
     """What the service's headers say about its limits; every field is None when the header was missing.
 
-    The `reset` values are seconds until the allowance is *full* again, so they are no waiting times.
+    The `reset` values are seconds until the allowance is *full* again, so they are no waiting times. `tokens` are those
+    of a limit on input and output together.
     """
 
     requests_limit: int | None = None
@@ -89,6 +90,12 @@ class RateLimitHint:
     tokens_limit: int | None = None
     tokens_remaining: int | None = None
     tokens_reset_s: float | None = None
+    input_tokens_limit: int | None = None
+    input_tokens_remaining: int | None = None
+    input_tokens_reset_s: float | None = None
+    output_tokens_limit: int | None = None
+    output_tokens_remaining: int | None = None
+    output_tokens_reset_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

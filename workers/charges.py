@@ -9,6 +9,8 @@ from orchestrator.settings import LLMProviderConfig
 from providers.messages import RateLimitHint, Usage
 from workers.limiter import MINUTE_S, PoolLimits, Sighting
 
+UNTOLD = Sighting()
+
 MOST_WEIGHT = 10
 """Priorities beyond this, up or down, change nothing more: a thousandth is next to nothing already."""
 
@@ -60,8 +62,10 @@ def sightings(hint: RateLimitHint) -> Mapping[str, Sighting]:
     told = {
         "rpm": Sighting(hint.requests_limit, hint.requests_remaining, hint.requests_reset_s),
         "tpm": Sighting(hint.tokens_limit, hint.tokens_remaining, hint.tokens_reset_s),
+        "itpm": Sighting(hint.input_tokens_limit, hint.input_tokens_remaining, hint.input_tokens_reset_s),
+        "otpm": Sighting(hint.output_tokens_limit, hint.output_tokens_remaining, hint.output_tokens_reset_s),
     }
-    return {name: one for name, one in told.items() if one.full_s is None or one.full_s <= MINUTE_S}
+    return {name: one for name, one in told.items() if one != UNTOLD and (one.full_s or 0.0) <= MINUTE_S}
 
 
 def weight(priority: int) -> float:

@@ -16,8 +16,10 @@ import pytest
 from redis import Redis as SyncRedis
 from redis.asyncio import Redis
 
+from providers.headers import rate_limit_hint
 from tests.servers import ValkeyServer
 from tests.strict_limits import fixed_window, sliding_log, token_bucket
+from workers import charges
 from workers.limiter import Limit, Limiter, Permit, Pool, PoolLimits, Refused, Sighting
 
 ROOT = Path(__file__).parents[2]
@@ -171,6 +173,28 @@ class TestSightings:
 
     def test_what_others_used_is_counted_here_too(self, valkey):
         assert self.sight(valkey, {"rpm": Sighting(10, 2)}) == 2
+
+    @pytest.mark.parametrize(("kind", "left"), [("input", 300), ("output", 50)])
+    def test_input_and_output_tokens_that_others_used_are_counted_apart(self, valkey, kind, left):
+        """Headers as Anthropic writes them, with what it rounds."""
+        headers = {"anthropic-ratelimit-requests-limit": "50", f"anthropic-ratelimit-{kind}-tokens-limit": "5000"}
+        headers[f"anthropic-ratelimit-{kind}-tokens-remaining"] = str(1000 + left)
+        hint = rate_limit_hint(headers)
+        assert hint is not None
+
+        async def scenario() -> list[Permit | Refused]:
+            async with limiter(valkey) as found, limiter(valkey) as other:
+                allowed, cost = PoolLimits(itpm=5000, otpm=5000, tpm_burst=5000), {"itpm": 100, "otpm": 10}
+                first = await ask(found, allowed, "a", costs=cost)
+                found.adopt(first, charges.sightings(hint))
+                found.settle(first, cost)
+                await found.flush()
+                return [await ask(other, allowed, f"more{number}", costs=cost) for number in range(9)]
+
+        got = asyncio.run(scenario())
+        fits = left // {"input": 100, "output": 10}[kind]
+        assert [isinstance(one, Permit) for one in got] == [number < fits for number in range(9)]
+        assert {one.reason for one in got if isinstance(one, Refused)} == {f"{kind[0]}tpm"}
 
     def test_more_than_we_know_of_changes_nothing(self, valkey):
         assert self.sight(valkey, {"rpm": Sighting(1000, 900)}) == 9

@@ -7,6 +7,7 @@ from datetime import UTC, datetime
 import pytest
 
 from providers.headers import duration_s, rate_limit_hint, retry_after_s
+from providers.messages import RateLimitHint
 
 NOW = datetime(2026, 11, 22, 12, 0, tzinfo=UTC)
 
@@ -59,3 +60,42 @@ def test_limits_are_read_and_missing_ones_are_none() -> None:
     assert hint is not None
     assert (hint.tokens_limit, hint.tokens_remaining, hint.requests_limit) == (150_000, 149_984, None)
     assert rate_limit_hint({"x-ratelimit-limit-project-tokens": "1"}) is None
+
+
+def anthropic(limits: dict[str, tuple[str, str, str]], **others: str) -> dict[str, str]:
+    parts = ("limit", "remaining", "reset")
+    return others | {
+        f"anthropic-ratelimit-{name}-{part}": value
+        for name, values in limits.items()
+        for part, value in zip(parts, values, strict=True)
+    }
+
+
+ANTHROPIC = {
+    "requests": ("50", "49", "2026-11-22T12:00:01Z"),
+    "input-tokens": ("30000", "28000", "2026-11-22T12:00:04Z"),
+    "output-tokens": ("8000", "1000", "2026-11-22T12:00:53.5+00:00"),
+    "tokens": ("8000", "1000", "2026-11-22T12:00:53Z"),
+}
+
+
+def test_input_and_output_tokens_are_read_apart() -> None:
+    """What is left is rounded to thousands there, so it may be that much less; `tokens` only repeats one of the two."""
+    expected = RateLimitHint(50, 49, 1.0, None, None, None, 30_000, 27_000, 4.0, 8_000, 0, 53.5)
+    assert rate_limit_hint(anthropic(ANTHROPIC), NOW) == expected
+
+
+def test_resets_are_read_by_the_clock_of_the_service_where_it_tells_it() -> None:
+    hint = rate_limit_hint(anthropic(ANTHROPIC, date="Sun, 22 Nov 2026 11:59:59 GMT"), NOW)
+    assert hint is not None
+    assert hint.input_tokens_reset_s == 5.0
+
+
+def test_tokens_counted_together_are_read_where_they_are_not_counted_apart() -> None:
+    limits = {name: ANTHROPIC[name] for name in ("requests", "tokens")}
+    assert rate_limit_hint(anthropic(limits), NOW) == RateLimitHint(50, 49, 1.0, 8_000, 0, 53.0)
+
+
+def test_unreadable_limits_are_none() -> None:
+    limits = {"requests": ("50", "many", "soon"), "input-tokens": ("", "-1", "")}
+    assert rate_limit_hint(anthropic(limits), NOW) == RateLimitHint(50)
