@@ -99,15 +99,30 @@ class Engine:
         """The provider that is asked first."""
         return self.fakes["main"]
 
-    def start_worker(self, queues: Sequence[str] | None = None, *, ready: bool = True) -> Worker:
-        """Starts a worker on all queues, or on some."""
+    def start_worker(
+        self, queues: Sequence[str] | None = None, *, ready: bool = True, module: str = "celery", **environment: str
+    ) -> Worker:
+        """Starts a worker on all queues, or on some.
+
+        Args:
+            queues: to listen on; None is all of them.
+            ready: wait until it has started.
+            module: that is run in place of Celery's own, to start a worker with a fault in it.
+            environment: variables of this worker alone.
+        """
         number = len(self.workers)
         log_file = self.home / f"worker{number}.log"
         listened = all_queues(self.config.settings.providers) if queues is None else queues
-        command = [sys.executable, *worker_command(listened, self.config.settings.worker.shards, f"w{number}")]
+        arguments = worker_command(listened, self.config.settings.worker.shards, f"w{number}")
+        command = [sys.executable, *(module if argument == "celery" else argument for argument in arguments)]
         with log_file.open("ab") as log:
             process = subprocess.Popen(
-                command, cwd=self.home, env=self.environment, stdout=log, stderr=log, start_new_session=True
+                command,
+                cwd=self.home,
+                env=self.environment | environment,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
             )
         worker = Worker(process, log_file)
         self.workers.append(worker)
@@ -192,6 +207,7 @@ def launch_engine(
     settings: Mapping[str, Mapping[str, Any]] | None = None,
     fakes: Mapping[str, Mapping[str, Any]] | None = None,
     workers: int = 1,
+    aof: bool = False,
 ) -> Iterator[Engine]:
     """An installation that is gone at the end, whatever happened.
 
@@ -199,16 +215,19 @@ def launch_engine(
         database_url: None is SQLite in the home directory.
         providers: settings of `main` and `spare` in the configuration file, on top of generous limits.
         settings: further sections of the configuration file.
-        fakes: options of the fake services behind `main` and `spare` (`ServerOptions`).
+        fakes: options of the fake services behind `main`, `spare` and whatever other provider is named
+            (`ServerOptions`).
         workers: how many to start, on all queues.
+        aof: the broker keeps what it holds on disk.
     """
     home = Path(tempfile.mkdtemp(prefix="eng", dir="/tmp"))
     with ExitStack() as held:
         held.callback(shutil.rmtree, home, ignore_errors=True)
-        valkey = held.enter_context(start_valkey())
+        valkey = held.enter_context(start_valkey(aof=aof))
+        options = {"main": {}, "spare": {}, **(fakes or {})}
         servers = {
-            name: held.enter_context(running_server(log=str(home / f"{name}.log"), **dict((fakes or {}).get(name, {}))))
-            for name in ("main", "spare")
+            name: held.enter_context(running_server(log=str(home / f"{name}.log"), **dict(own)))
+            for name, own in options.items()
         }
         sections: dict[str, Mapping[str, Any]] = {
             "global": {"default_provider": "main"},

