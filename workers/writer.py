@@ -110,7 +110,8 @@ class BatchWriter:
         while True:
             try:
                 answers = self._commit([one.wish for one in batch])
-            except (DatabaseUnavailable, ValueError, OverflowError) as error:
+            except Exception as error:
+                # An entry point: a thread that ended would leave every call waiting, for ever and without a word.
                 if not _may_pass(error) or self._stopping.is_set():
                     self._give_up(batch, error)
                     return

@@ -90,6 +90,20 @@ def test_one_wish_that_is_refused_does_not_harm_the_others(stage: Stage):
     stage.check_books()
 
 
+def test_an_error_that_nobody_foresaw_is_told_and_the_writer_goes_on(stage: Stage, monkeypatch: pytest.MonkeyPatch):
+    whole = batches.claim
+    monkeypatch.setattr(batches, "claim", lambda *_: {}["no such budget"])
+
+    async def ask(wishes: BatchWriter) -> list[Any]:
+        (refused,) = await asyncio.gather(wishes.claim(stage.wish(0)), return_exceptions=True)
+        monkeypatch.setattr(batches, "claim", whole)
+        return [refused, await asyncio.wait_for(wishes.claim(stage.wish(0)), 10)]
+
+    refused, answer = with_writer(stage.database, ask)
+    assert isinstance(refused, KeyError)
+    assert answer == Claimed(1, 1)
+
+
 def test_a_batch_is_repeated_until_the_database_is_back(stage: Stage, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(writer, "REPEAT_FIRST_S", 0.001)
     away = iter((True, True, True))
