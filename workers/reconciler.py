@@ -173,7 +173,7 @@ class Reconciler:
             return
         warn_of_budgets(self._database)
         with self._database.transaction() as connection:
-            freed = fleet.free_dead(connection)
+            freed = fleet.free_dead(connection, self._owner)
         if freed.workers:
             log.warning("worker.lost", workers=freed.workers, calls_freed=freed.calls, attempts_unknown=freed.unknown)
             # Shards that it had not begun died with it too, and nobody knows which; a second copy does no harm.

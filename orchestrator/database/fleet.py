@@ -62,9 +62,15 @@ def sign_off(connection: Connection, worker: str) -> Freed:
     return _free(connection, [worker], lost=False)
 
 
-def free_dead(connection: Connection) -> Freed:
-    """Frees what dead workers held, and calls whose worker is not known at all."""
-    dead = select(workers.c.id).where(workers.c.heartbeat_at < NOW - workers.c.lease_seconds)
+def free_dead(connection: Connection, looker: str = "") -> Freed:
+    """Frees what dead workers held, and calls whose worker is not known at all.
+
+    Args:
+        connection: the caller's transaction.
+        looker: the worker that looks: it is alive, however long its database was away from it.
+    """
+    too_old = workers.c.heartbeat_at < NOW - workers.c.lease_seconds
+    dead = select(workers.c.id).where(too_old, workers.c.id != looker)
     gone = list(connection.execute(dead.with_for_update(skip_locked=True)).scalars())
     known = select(workers.c.id)
     orphaned = select(prompt_executions.c.worker_id).where(

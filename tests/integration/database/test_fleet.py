@@ -48,6 +48,15 @@ def test_what_a_dead_worker_held_goes_back_and_what_it_sent_is_unknown(stage: St
     stage.check_books()
 
 
+def test_a_worker_whose_beat_is_late_does_not_free_itself(stage: Stage):
+    stage.register("w1")
+    stage.claimed(0)
+    stage.kill("w1")
+    with stage.database.transaction() as connection:
+        assert fleet.free_dead(connection, "w1") == Freed(0, 0, 0)
+        assert fleet.free_dead(connection, "w2") == Freed(workers=1, calls=1, unknown=1)
+
+
 def test_a_dead_worker_is_freed_once(stage: Stage):
     stage.register("w1")
     stage.claimed(0)
