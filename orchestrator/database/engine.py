@@ -86,6 +86,8 @@ def open_engine(url: URL, pool_size: int = 6) -> Engine:
             "keepalives_idle": 15,
             "keepalives_interval": 5,
             "keepalives_count": 3,
+            # Keepalives are not sent while data waits to be acknowledged, and the kernel's own patience is 15 minutes.
+            "tcp_user_timeout": 30_000,
             "application_name": "llm-orchestrator",
         },
     )

@@ -1,7 +1,12 @@
 """A database that goes away in the middle of a run."""
 
+import socket
+import sys
 import time
 
+import pytest
+
+from orchestrator.database import Database
 from tests.engine import launch_engine
 from tests.packs import ONE, SURVEY
 from tests.servers import start_postgres, wait_until
@@ -40,3 +45,13 @@ def test_two_workers_share_a_run_on_postgres(postgres_url: str) -> None:
         assert engine.wait(run)["status"] == "completed"
         assert engine.check(run).received == 201
         engine.manager.close()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the option is Linux's own")
+def test_a_line_that_swallows_what_is_sent_is_given_up_within_half_a_minute(postgres_url: str) -> None:
+    """Keepalives do not help while sent data waits for its acknowledgement, and the kernel waits for 15 minutes."""
+    database = Database(postgres_url)
+    with database.snapshot() as connection, socket.socket(fileno=connection.connection.fileno()) as line:
+        assert line.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 30_000
+        line.detach()
+    database.close()
