@@ -13,6 +13,10 @@ from orchestrator.errors import EnvironmentNotReady, Problem, RunNotFound
 from orchestrator.logs import Logger
 from orchestrator.settings import Settings
 
+DISK_TROUBLES = ("disk is full", "disk I/O error", "No space left")
+"""How SQLite and Postgres tell that there is no room."""
+HINT_OF_DISK = "make room on the disk and repeat the command: it goes on where it stands"
+
 
 def load_config(home: Path | None) -> ConfigManager:
     """The configuration; what is odd about it is said on stderr.
@@ -41,9 +45,10 @@ def translated(address: str) -> Generator[None]:
         hint = "run `llm-orchestrator db upgrade`"
         raise EnvironmentNotReady(Problem("database.outdated", str(error), address, hint)) from error
     except DatabaseUnavailable as error:
-        reason = str(error.orig).strip().splitlines() or ["no reason was given"]
-        hint = "check DATABASE_URL and that the database runs"
-        raise EnvironmentNotReady(Problem("database.unavailable", reason[0], address, hint)) from error
+        reason = (str(error.orig).strip().splitlines() or ["no reason was given"])[0]
+        is_about_disk = any(words in reason for words in DISK_TROUBLES)
+        hint = HINT_OF_DISK if is_about_disk else "check DATABASE_URL and that the database runs"
+        raise EnvironmentNotReady(Problem("database.unavailable", reason, address, hint)) from error
 
 
 def prepare(database: Database, settings: Settings) -> None:
