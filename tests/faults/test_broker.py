@@ -58,6 +58,36 @@ def test_a_broker_that_dies_between_levels_and_windows_is_made_up_for() -> None:
         print(f"Redis restarted twice: 301 calls in {engine.status(run)['duration_seconds']:.1f} s")
 
 
+@pytest.fixture(scope="module")
+def durable() -> Iterator[Engine]:
+    """A broker that keeps what it holds on disk, and a worker."""
+    with launch_engine(providers=PROVIDERS, fakes=SLOW, workers=1, aof=True) as engine:
+        yield engine
+
+
+def test_a_broker_that_dies_and_kept_its_data_has_lost_no_message(durable: Engine) -> None:
+    run = durable.start_run(200, ONE, salt="killed")
+    wait_until(lambda: durable.status(run)["calls"]["completed"] > 40, 30)
+    # A worker that sees a broker for the first time takes it for one that came back empty.
+    said = durable.logs().count("broker.lost_its_data")
+    durable.valkey.restart()
+    assert durable.wait(run)["calls"]["completed"] == 200
+    assert durable.check(run).attempts == {"ok": 200}
+    assert durable.logs().count("broker.lost_its_data") == said
+
+
+def test_a_broker_that_forgets_our_scripts_is_told_them_again(durable: Engine) -> None:
+    """A script that is not known is an error of its own; a restart and `SCRIPT FLUSH` cause it."""
+    run = durable.start_run(200, ONE, salt="scripts")
+    with durable.redis() as redis:
+        for completed in (20, 60, 100, 140):
+            wait_until(lambda least=completed: durable.status(run)["calls"]["completed"] >= least, 30)
+            redis.script_flush()
+        assert durable.wait(run)["calls"]["completed"] == 200
+        assert redis.info("memory")["number_of_cached_scripts"] > 0
+    assert durable.check(run).attempts == {"ok": 200}
+
+
 def test_emptying_the_broker_is_a_delay_and_not_a_loss() -> None:
     with launch_engine(providers=PROVIDERS, fakes=SLOW, workers=1) as engine:
         run = engine.start_run(300, ONE)
