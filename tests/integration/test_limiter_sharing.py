@@ -1,4 +1,4 @@
-"""What the limiter does beyond one bucket: several pools and days, runs side by side, and what providers say."""
+"""What the limiter does beyond one bucket: several pools and days, what providers say, and several processes."""
 
 import asyncio
 import contextlib
@@ -6,7 +6,6 @@ import json
 import subprocess
 import sys
 import time
-from collections import Counter
 from collections.abc import AsyncIterator, Mapping
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -244,86 +243,6 @@ class TestShrinking:
             return counts
 
         assert asyncio.run(scenario()) == [50, 60, 100]
-
-
-class TestRuns:
-    def shares(
-        self,
-        valkey: ValkeyServer,
-        big: int,
-        small: int,
-        *,
-        allowed: PoolLimits,
-        weights: tuple[float, float] = (1.0, 1.0),
-        apart: bool,
-        seconds: float = 2.0,
-        took_s: float = 0.0,
-    ) -> tuple[Counter[str], float, float]:
-        """Sendings by run while both had requests waiting, seconds to the small run's first, all per second."""
-
-        async def scenario() -> tuple[Counter[str], float, float]:
-            loop = asyncio.get_running_loop()
-            sent: list[tuple[str, float]] = []
-
-            async def asker(found: Limiter, run: str, number: int, weight: float, until: float) -> None:
-                while loop.time() < until:
-                    number += 1000
-                    got = await ask(
-                        found,
-                        allowed,
-                        f"{run}{number}",
-                        run=run,
-                        weight=weight,
-                        max_wait_s=max(0.0, until - loop.time()),
-                    )
-                    if isinstance(got, Permit) and await found.wait_until_due(got):
-                        sent.append((run, loop.time()))
-                        await asyncio.sleep(took_s)
-                        found.settle(got)
-                    elif isinstance(got, Permit):
-                        found.release_unsent(got)
-
-            async with limiter(valkey) as first, limiter(valkey) as second:
-                until = loop.time() + 0.8 + seconds
-                askers = [asyncio.create_task(asker(first, "big", n, weights[0], until)) for n in range(big)]
-                await asyncio.sleep(0.8)
-                joined = loop.time()
-                other = second if apart else first
-                askers += [asyncio.create_task(asker(other, "small", n, weights[1], until)) for n in range(small)]
-                await asyncio.gather(*askers)
-            first_at = min(at for run, at in sent if run == "small")
-            both = Counter(run for run, at in sent if at >= first_at)
-            return both, first_at - joined, len(sent) / (seconds + 0.8)
-
-        return asyncio.run(scenario())
-
-    @pytest.mark.parametrize("apart", [True, False])
-    @pytest.mark.parametrize(("weights", "part"), [((1.0, 1.0), 0.5), ((1.0, 4.0), 0.8)])
-    def test_a_small_run_gets_its_share_at_once(self, valkey, apart, weights, part):
-        """Three hundred waiting requests of one run against sixty of another, which comes later."""
-        allowed = PoolLimits(extra=(Limit("rpm", 100, 2.0, 5),))
-        both, waited_s, rate = self.shares(valkey, 300, 60, allowed=allowed, weights=weights, apart=apart)
-        print(f"apart={apart} weights={weights}: {dict(both)}, first after {waited_s:.2f} s, {rate:.0f}/s of 50")
-        assert waited_s < 1.0
-        assert both["small"] / both.total() == pytest.approx(part, abs=0.2)
-        assert rate >= 0.75 * 50
-
-    @pytest.mark.parametrize("apart", [True, False])
-    def test_slots_are_shared_too(self, valkey, apart):
-        both, waited_s, rate = self.shares(
-            valkey, 50, 10, allowed=PoolLimits(concurrency=8), apart=apart, seconds=1.5, took_s=0.2
-        )
-        print(f"apart={apart}: {dict(both)}, first after {waited_s:.2f} s, {rate:.1f}/s of 40")
-        assert waited_s < 0.8
-        assert both["small"] / both.total() == pytest.approx(0.5, abs=0.15)
-        assert rate >= 0.7 * 40
-
-    def test_nothing_is_kept_for_a_run_that_does_not_wait(self, valkey):
-        """Two requests at a time take what they need of 50 a second; the rest is the other run's."""
-        allowed = PoolLimits(extra=(Limit("rpm", 100, 2.0, 5),))
-        both, _, rate = self.shares(valkey, 200, 2, allowed=allowed, apart=True, took_s=0.4)
-        print(f"{dict(both)}, {rate:.0f}/s of 50")
-        assert rate >= 0.75 * 50
 
 
 class TestChanges:

@@ -34,6 +34,7 @@ class PoolState:
     """What this process knows of one pool.
 
     Attributes:
+        asker: names the pump of this pool and process to the others.
         reach: the pool and all wider ones, each with its terms, as the latest request named them.
         leases: live permit ids and the end of their lease on Redis's clock.
         seen: what the provider said about its limits when it answered a permit's request, until that is settled.
@@ -43,6 +44,7 @@ class PoolState:
 
     pool: Pool
     settlements: Settlements
+    asker: str = field(default_factory=lambda: uuid.uuid4().hex)
     reach: Reach = ()
     queues: Queues = field(default_factory=Queues)
     wake: asyncio.Event = field(default_factory=asyncio.Event)
@@ -85,7 +87,6 @@ class Pump:
         self._batch = batch
         self._find_state = find_state
         self._release = release
-        self._asker = uuid.uuid4().hex
 
     async def run(self, state: PoolState) -> None:
         """Serve the queues of a pool until they are empty. One at a time per pool."""
@@ -120,7 +121,7 @@ class Pump:
                 [_request(waiting, now) for waiting in batch],
                 memories=[one.memory for one in states],
                 ttl_s=state.ttl_s,
-                asker=self._asker,
+                asker=state.asker,
                 starved=since is not None and now - since > 2 * batch[0].horizon_s,
                 now=now_s,
             )

@@ -6,9 +6,11 @@
 -- before some moment", because nothing is ever scheduled after the last grant of a pool; so the earliest common send
 -- time is simply the latest of them. A request whose time lies beyond the horizon changes nothing.
 --
--- Runs share the first pool by start-time fair queueing: `service` is how many seconds of the pool's capacity a run
--- was given, divided by its weight. The run with the least is served next, and none may be far ahead of a run of another
--- process that waits. A run that waits no more holds nobody up; one that comes back starts at the virtual time.
+-- Runs share every pool by start-time fair queueing: `service` is how many seconds of the pool's capacity a run was
+-- given, divided by its weight. The run with the least of the first pool is served next, and none may be far ahead, in any
+-- pool, of a run of another asker that waits for that pool. A run waits for the one pool that keeps it longest: what is
+-- short of its own pool must not hold others up in a wider one. A run that waits no more holds nobody up; one that comes
+-- back starts at the virtual time.
 --
 -- KEYS  state hash, slot hash, lease zset, receipt hash; then state, slots, leases of each wider pool (one hash tag)
 -- ARGV  1 longest horizon (us), 2 ttl (ms), 3 asker, 4 starved (0/1), 5 pools, 6 runs, 7 requests,
@@ -118,7 +120,7 @@ for p = 1, npools do
         d.at, d.sum, d.first = now, 0, math.floor(now / d.q)
         d.tail = d.first - 1
       end
-      d.loaded, d.stored, d.worth = d.first, d.tail, p == 1 and 1 / d.rate / 1000000 or 0
+      d.loaded, d.stored, d.worth = d.first, d.tail, 1 / d.rate / 1000000
     end
     dims[#dims + 1] = d
     arg = arg + 6
@@ -228,26 +230,30 @@ local function admit(d, cost, at)
   return string.format('%s%.0f,%.0f,%.0f,%.0f', d.prefix, e, cost, d.sum, math.floor(d.level))
 end
 
--- Runs: those of this batch, and whether others wait elsewhere.
-local head = pools[1].head
-local virtual, shares, mine = tonumber(head[10] or '0'), {}, {}
-for run, service, till, who in string.gmatch(head[9] or '', '([^|;]*)|([^|]*)|([^|]*)|([^;]*);') do
-  shares[run] = { service = tonumber(service), till = tonumber(till), asker = who }
-end
+-- Runs of this batch, what each was given of every pool, and whether others wait for a pool elsewhere.
+local mine, batched = {}, {}
 for i = 1, nruns do
-  local run = shares[ARGV[arg]] or { service = 0, till = 0, asker = '' }
-  if run.till <= now then run.service = math.max(run.service, virtual) end
-  run.weight, run.queue, run.next = tonumber(ARGV[arg + 1]), {}, 1
-  shares[ARGV[arg]], mine[i] = run, run
+  mine[i] = { id = ARGV[arg], weight = tonumber(ARGV[arg + 1]), queue = {}, next = 1, shares = {} }
+  batched[ARGV[arg]] = true
   arg = arg + 2
 end
-local floor
-for _, run in pairs(shares) do
-  if not run.queue then
-    -- This process asked for it before and does no more.
-    if run.asker == asker then run.till = 0 end
-    if run.till > now then floor = math.min(floor or run.service, run.service) end
+for p, pool in ipairs(pools) do
+  local shares, virtual = {}, tonumber(pool.head[10] or '0')
+  for run, service, till, who in string.gmatch(pool.head[9] or '', '([^|;]*)|([^|]*)|([^|]*)|([^;]*);') do
+    local share = { service = tonumber(service), till = tonumber(till), asker = who }
+    shares[run] = share
+    if not batched[run] then
+      -- This asker asked for it before and does no more.
+      if who == asker then share.till = 0 end
+      if share.till > now then pool.floor = math.min(pool.floor or share.service, share.service) end
+    end
   end
+  for i = 1, nruns do
+    local share = shares[mine[i].id] or { service = 0, till = 0, asker = '' }
+    if share.till <= now then share.service = math.max(share.service, virtual) end
+    shares[mine[i].id], mine[i].shares[p] = share, share
+  end
+  pool.shares, pool.virtual, pool.idle_s = shares, virtual, pool.max > 0 and 1 / pool.max or 0.001
 end
 
 local ids, old, width = {}, {}, 4 + #dims
@@ -260,34 +266,45 @@ end
 if nreqs > 0 then old = redis.call('HMGET', RECEIPTS, unpack(ids)) end
 
 local function next_run()
-  if nruns == 1 then return mine[1].queue[mine[1].next] and mine[1] end
   local found
   for _, run in ipairs(mine) do
-    if run.queue[run.next] and (not found or run.service < found.service) then found = run end
+    if run.queue[run.next] and not run.kept_by
+      and (not found or run.shares[1].service < found.shares[1].service) then
+      found = run
+    end
   end
   return found
 end
 
--- How far ahead of a waiting run a request may be sent that takes so many seconds of the first pool's capacity.
-local function lead_of(seconds)
-  local max = pools[1].max
-  if max == 0 then return LEAD end
-  return math.min(LEAD, 0.99 * seconds * math.max(1, max / 4))
+-- How far ahead of a waiting run a request may be sent that takes so many seconds of a pool's capacity.
+local function lead_of(pool, seconds)
+  if pool.max == 0 then return LEAD end
+  return math.min(LEAD, 0.99 * seconds * math.max(1, pool.max / 4))
 end
 
-local owner, owner_until, owner_at, owner_why = string.match(head[6] or '', '^(.-)|(.-)|(.-)|(.*)$')
-local foreign = owner and owner ~= asker and tonumber(owner_until) > now
-local status, wait, reason = 'ok', 0, ''
+-- The first pool in which the run is too far ahead of others that wait for it.
+local function unfair_in(run)
+  for p, pool in ipairs(pools) do
+    if pool.floor and run.shares[p].service > pool.floor + lead_of(pool, pool.seconds) then return p end
+  end
+end
+
+local status, wait, reason, kept_by = 'ok', 0, '', 1
 local granted, receipts, leases, costs = {}, {}, {}, {}
 for i = 1, nreqs do granted[i] = '' end
 -- All pools of a request share its send time, so after the first grant their last ones are the same.
-local last, why_last, not_before, room = 0, '', 0, math.huge
-for _, pool in ipairs(pools) do
-  if pool.last > last then last, why_last = pool.last, pool.head[5] or '' end
-  not_before = math.max(not_before, pool.not_before)
-  if pool.max > 0 then room = math.min(room, pool.max - pool.in_flight) end
+local last, why_last, by_last, not_before, by_not_before, room, by_room = 0, '', 1, 0, 1, math.huge, 1
+local foreign_at, foreign_why, by_foreign
+for p, pool in ipairs(pools) do
+  if pool.last > last then last, why_last, by_last = pool.last, pool.head[5] or '', p end
+  if pool.not_before > not_before then not_before, by_not_before = pool.not_before, p end
+  if pool.max > 0 and pool.max - pool.in_flight < room then room, by_room = pool.max - pool.in_flight, p end
+  local owner, till, at, why = string.match(pool.head[6] or '', '^(.-)|(.-)|(.-)|(.*)$')
+  pool.is_claimed = owner == asker
+  if owner and owner ~= asker and tonumber(till) > now and tonumber(at) > (foreign_at or 0) then
+    foreign_at, foreign_why, by_foreign = tonumber(at), why, p
+  end
 end
-local idle_s = pools[1].max > 0 and 1 / pools[1].max or 0.001
 local run = next_run()
 while run do
   local i = run.queue[run.next]
@@ -295,81 +312,81 @@ while run do
   if old[i] then
     local at, why = string.match(old[i], '^(.-);(.-);')
     granted[i] = at .. ':' .. why
+    run.next = run.next + 1
   else
     if room <= 0 then
-      status, reason = 'refused', 'concurrency'
+      status, reason, kept_by = 'refused', 'concurrency', by_room
       break
     end
-    local at, why, seconds = now, '', 0
-    if not_before > at then at, why = not_before, 'not_before' end
-    if last > at then at, why = last, why_last end
+    local at, why, by = now, '', 1
+    if not_before > at then at, why, by = not_before, 'not_before', by_not_before end
+    if last > at then at, why, by = last, why_last, by_last end
+    for _, pool in ipairs(pools) do pool.seconds = 0 end
     for k = 1, #dims do
       local d, cost = dims[k], tonumber(ARGV[base + 3 + k])
       costs[k] = cost
       local t = earliest(d, cost, at)
-      if t > at then at, why = t, d.why end
-      if d.worth > 0 then seconds = math.max(seconds, cost * d.worth) end
+      if t > at then at, why, by = t, d.why, d.place end
+      if d.worth > 0 then d.pool.seconds = math.max(d.pool.seconds, cost * d.worth) end
     end
-    if seconds == 0 then seconds = idle_s end
-    if floor and run.service > floor + lead_of(seconds) then
+    for _, pool in ipairs(pools) do
+      if pool.seconds == 0 then pool.seconds = pool.idle_s end
+    end
+    run.kept_by = unfair_in(run)
+    if run.kept_by then
+      -- Another run of this batch may be due.
       status, reason = 'refused', 'share'
-      break
-    end
-    if foreign or at > now + tonumber(ARGV[base + 3]) then
-      status, wait, reason = 'refused', at - now, why
-      if foreign then
-        wait, reason = math.max(wait, tonumber(owner_at) - now), owner_why
+    elseif by_foreign or at > now + tonumber(ARGV[base + 3]) then
+      status, wait, reason, kept_by = 'refused', at - now, why, by
+      if by_foreign then
+        wait, reason, kept_by = math.max(wait, foreign_at - now), foreign_why, by_foreign
       elseif starved then
-        -- Smaller requests of other processes would keep this one out for ever: the pool waits for it now.
-        redis.call('HSET', pools[1].STATE, 'claim', asker .. '|' .. int(now + 1500000) .. '|' .. int(at) .. '|' .. why)
-        redis.call('PEXPIRE', pools[1].STATE, ttl)
+        -- Smaller requests of others would keep this one out for ever: the pool that is short waits for it now.
+        redis.call('HSET', pools[by].STATE, 'claim', asker .. '|' .. int(now + 1500000) .. '|' .. int(at) .. '|' .. why)
+        redis.call('PEXPIRE', pools[by].STATE, ttl)
       end
       break
+    else
+      local parts = { int(at), why }
+      for k = 1, #dims do parts[2 + k] = admit(dims[k], costs[k], at) end
+      last, why_last, room = at, why, room - 1
+      for p, pool in ipairs(pools) do
+        local share = run.shares[p]
+        pool.virtual = math.max(pool.virtual, math.min(share.service, pool.floor or share.service))
+        share.service = share.service + pool.seconds / run.weight
+      end
+      granted[i] = parts[1] .. ':' .. why
+      receipts[#receipts + 1] = ids[i]
+      receipts[#receipts + 1] = table.concat(parts, ';') .. ';'
+      leases[#leases + 1] = int(at + tonumber(ARGV[base + 2]))
+      leases[#leases + 1] = ids[i]
+      run.next = run.next + 1
     end
-    local parts = { int(at), why }
-    for k = 1, #dims do parts[2 + k] = admit(dims[k], costs[k], at) end
-    last, why_last, room = at, why, room - 1
-    virtual = math.max(virtual, math.min(run.service, floor or run.service))
-    run.service = run.service + seconds / run.weight
-    granted[i] = parts[1] .. ':' .. why
-    receipts[#receipts + 1] = ids[i]
-    receipts[#receipts + 1] = table.concat(parts, ';') .. ';'
-    leases[#leases + 1] = int(at + tonumber(ARGV[base + 2]))
-    leases[#leases + 1] = ids[i]
   end
-  run.next = run.next + 1
   run = next_run()
 end
 
 -- Who still waits keeps others back until it should have asked again.
 local patience = now + 400000 + math.max(0, math.min(1000000, wait - 0.6 * horizon))
-local waiting = {}
-for _, one in ipairs(mine) do
-  if one.queue[one.next] then
-    one.till, one.asker = patience, asker
-  elseif one.asker == asker then
-    one.till = 0
+for p, pool in ipairs(pools) do
+  for _, one in ipairs(mine) do
+    local share = one.shares[p]
+    if one.queue[one.next] and (one.kept_by or kept_by) == p then
+      share.till, share.asker = patience, asker
+    elseif share.asker == asker then
+      share.till = 0
+    end
   end
-end
-for id, one in pairs(shares) do
-  -- What is behind the virtual time starts there anyway.
-  if one.till > now or one.service > virtual then
-    waiting[#waiting + 1] = string.format('%s|%.12g|%.0f|%s;', id, one.service, one.till, one.asker)
+  local waiting = {}
+  for id, share in pairs(pool.shares) do
+    -- What is behind the virtual time starts there anyway.
+    if share.till > now or share.service > pool.virtual then
+      waiting[#waiting + 1] = string.format('%s|%.12g|%.0f|%s;', id, share.service, share.till, share.asker)
+    end
   end
-end
-local fields = { 'runs', table.concat(waiting), 'v', string.format('%.12g', virtual) }
-if #receipts == 0 and fields[2] ~= (head[9] or '') then
-  redis.call('HSET', pools[1].STATE, unpack(fields))
-  redis.call('PEXPIRE', pools[1].STATE, ttl)
-end
-
-if #receipts > 0 then
-  for p, pool in ipairs(pools) do
-    if p > 1 then fields = {} end
-    fields[#fields + 1] = 'last'
-    fields[#fields + 1] = int(last)
-    fields[#fields + 1] = 'why'
-    fields[#fields + 1] = why_last
+  local fields = { 'runs', table.concat(waiting), 'v', string.format('%.12g', pool.virtual) }
+  if #receipts > 0 then
+    for _, field in ipairs({ 'last', int(last), 'why', why_last }) do fields[#fields + 1] = field end
     pool.last = last
     for _, d in ipairs(dims) do
       if d.place == p then
@@ -384,12 +401,17 @@ if #receipts > 0 then
         for e, units in pairs(d.added) do redis.call('HINCRBY', pool.SLOTS, d.id .. ':' .. int(e), int(units)) end
       end
     end
-    redis.call('HSET', pool.STATE, unpack(fields))
     redis.call('ZADD', pool.LEASES, unpack(leases))
-    for _, key in ipairs({ pool.STATE, pool.SLOTS, pool.LEASES }) do redis.call('PEXPIRE', key, ttl) end
+    if pool.is_claimed then redis.call('HDEL', pool.STATE, 'claim') end
+    for _, key in ipairs({ pool.SLOTS, pool.LEASES }) do redis.call('PEXPIRE', key, ttl) end
   end
+  if #receipts > 0 or fields[2] ~= (pool.head[9] or '') then
+    redis.call('HSET', pool.STATE, unpack(fields))
+    redis.call('PEXPIRE', pool.STATE, ttl)
+  end
+end
+if #receipts > 0 then
   redis.call('HSET', RECEIPTS, unpack(receipts))
   redis.call('PEXPIRE', RECEIPTS, ttl)
-  if owner == asker then redis.call('HDEL', pools[1].STATE, 'claim') end
 end
 return reply(status, wait, reason, table.concat(granted, ';'))
