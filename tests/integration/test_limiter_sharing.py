@@ -195,6 +195,22 @@ class TestSightings:
         assert [isinstance(one, Permit) for one in got] == [number < fits for number in range(9)]
         assert {one.reason for one in got if isinstance(one, Refused)} == {f"{kind[0]}tpm"}
 
+    def test_a_limit_of_the_account_is_heeded_where_it_stands(self, valkey):
+        """Both models see what was said to one of them, of the limit that they share and of no other."""
+
+        async def scenario() -> list[Permit | Refused]:
+            async with limiter(valkey) as found, limiter(valkey) as other:
+                wider = [(ACCOUNT, per(60.0, rpm=10))]
+                first = await ask(found, PoolLimits(), "a", wider=wider)
+                found.adopt(first, {"rpm": Sighting(10, 3)})
+                found.settle(first)
+                await found.flush()
+                got = [await ask(other, PoolLimits(), f"{n}", pool=OTHER, wider=wider) for n in range(5)]
+                return [*got, await ask(other, per(60.0, rpm=5), "own")]
+
+        got = asyncio.run(scenario())
+        assert [isinstance(one, Permit) for one in got] == [True, True, True, False, False, True]
+
     def test_more_than_we_know_of_changes_nothing(self, valkey):
         assert self.sight(valkey, {"rpm": Sighting(1000, 900)}) == 9
 

@@ -197,14 +197,12 @@ class Limiter:
         if permit.permit_id not in state.leases:
             return
         state.seen[permit.permit_id] = seen
-        for name, units in self._units(state).items():
+        for name, (place, units) in state.places().items():
             limit = seen[name].limit if name in seen else None
             if limit is not None and limit < units and state.smaller.get(name) != limit:
                 state.smaller[name] = limit
-                log.warning("limiter.smaller_limit", pool=permit.pool.key, limit=name, ours=units, theirs=limit)
-
-    def _units(self, state: PoolState) -> dict[str, int]:
-        return dict(zip(state.reach[0][1].names, state.reach[0][1].units, strict=True)) if state.reach else {}
+                pool = state.pools()[place - 1].key
+                log.warning("limiter.smaller_limit", pool=pool, limit=name, ours=units, theirs=limit)
 
     def release_unsent(self, permit: Permit) -> None:
         """Give everything back for a request of which not one byte left. Never raises, safe to repeat."""
@@ -309,8 +307,10 @@ class Limiter:
         if not permit.send_us or state.leases.pop(permit.permit_id, None) is None:
             return
         seen = state.seen.pop(permit.permit_id, None)
-        ours = self._units(state) if seen else {}
-        known = {name: (ours[name], sighting) for name, sighting in (seen or {}).items() if name in ours}
+        known: dict[str, tuple[int, Sighting]] = {}
+        for name, (place, units) in state.places().items() if seen else ():
+            if seen and name in seen:
+                known[f"{place}/{name}"] = (units, seen[name])
         state.settlements.add(Correction(permit.permit_id, actual, known))
 
     async def _write(self, state: PoolState, batch: Sequence[Correction]) -> None:

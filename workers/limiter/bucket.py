@@ -75,7 +75,8 @@ class Answer:
 class Correction:
     """What a permit really cost; a name left out keeps its estimate, `actual` None gives everything back.
 
-    `seen` is what the provider said about its limits when it answered, by name, each with our own units.
+    `seen` is what the provider said about its limits when it answered, each with our own units, by place of the pool
+    and name: `1/rpm` for one of the request's own pool.
     """
 
     permit_id: str

@@ -66,6 +66,14 @@ class PoolState:
         """The pool itself, then the wider ones."""
         return [pool for pool, _ in self.reach] or [self.pool]
 
+    def places(self) -> dict[str, tuple[int, int]]:
+        """Where each limit stands that requests must keep: place of the nearest pool that has it, from 1, and units."""
+        found: dict[str, tuple[int, int]] = {}
+        for place, (_, terms) in enumerate(self.reach, 1):
+            for name, units in zip(terms.names, terms.units, strict=True):
+                found.setdefault(name, (place, units))
+        return found
+
     def learn_not_before(self, moment_us: int) -> None:
         """Keep the latest moment before which nothing may leave, on Redis's clock."""
         self.not_before_us = max(self.not_before_us, moment_us)

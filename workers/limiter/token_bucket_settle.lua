@@ -5,7 +5,7 @@
 -- KEYS  state hash, slot hash, lease zset, receipt hash; then state, slots, leases of each wider pool (one hash tag)
 -- ARGV  1 ttl (ms), 2 permits,
 --       permits * (permit id, pairs (-1 = never sent, give everything back), pairs * (name, actual),
---                  sightings, sightings * (name, our units, limit, remaining, us until full; -1 = not told))
+--                  sightings, sightings * (pool/name, our units, limit, remaining, us until full; -1 = not told))
 -- Reply number of permits settled now
 local clock = redis.call('TIME')
 local now = tonumber(clock[1]) * 1000000 + tonumber(clock[2])
@@ -32,7 +32,7 @@ local function dimension(name)
     if record then
       local level, at, sum, first, tail, cap, rate = string.match(record, '^(.-)|(.-)|(.-)|(.-)|(.-)|(.-)|(.-)$')
       dims[name] = {
-        id = id, name = string.match(id, '^[^@]+'), own = place == 1, STATE = state, SLOTS = key(place, 2),
+        id = id, name = string.match(id, '^[^@]+'), seen = string.match(name, '^[^@]+'), STATE = state, SLOTS = key(place, 2),
         level = tonumber(level), at = tonumber(at), sum = tonumber(sum),
         first = tonumber(first), tail = tonumber(tail), cap = tonumber(cap), rate = tonumber(rate)
       }
@@ -155,7 +155,7 @@ for _ = 1, npermits do
         local real = actual[d.name]
         if pairs_count < 0 then real = 0 end
         if real then correct(d, tonumber(e), tonumber(cost) - real, pairs_count < 0 and sent < now) end
-        local seen = told > 0 and d.own and sightings[d.name]
+        local seen = told > 0 and d.seen and sightings[d.seen]
         if seen then adopt(d, sent, tonumber(sum), tonumber(level), unpack(seen)) end
       end
     end
