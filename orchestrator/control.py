@@ -12,7 +12,18 @@ from datetime import UTC, datetime
 from typing import Any
 
 from orchestrator import planning
-from orchestrator.database import AnyRow, Connection, Database, audit, ledger, limits, reports, retrying, runs, windows
+from orchestrator.database import (
+    AnyRow,
+    Connection,
+    Database,
+    audit,
+    budgets,
+    limits,
+    reports,
+    retrying,
+    runs,
+    windows,
+)
 from orchestrator.database.audit import Change
 from orchestrator.database.limits import Override
 from orchestrator.errors import InvalidInput, Problem, WrongState
@@ -83,10 +94,10 @@ class RunControl:
             self._note(connection, "run.priority", row.run_id, old=row.priority, new=priority)
         return True
 
-    def set_budget(self, scope: str, limit_nusd: int | None, run_id: str | None = None) -> ledger.Budget:
+    def set_budget(self, scope: str, limit_nusd: int | None, run_id: str | None = None) -> budgets.Budget:
         """Changes the limit of a budget, or creates it; None is no limit. Paused runs stay paused.
 
-        A limit below what is spent and in flight becomes that sum.
+        It binds at once, even below what is spent: nothing new is sent, and what is in flight may settle.
 
         Args:
             scope: as in the ledger.
@@ -94,8 +105,8 @@ class RunControl:
             run_id: of the run whose budget it is, for the audit log.
         """
         with self._database.transaction() as connection:
-            before = next(iter(ledger.find_budgets(connection, [scope])), None)
-            after = ledger.set_limit(connection, scope, limit_nusd)
+            before = next(iter(budgets.find_budgets(connection, [scope])), None)
+            after = budgets.set_limit(connection, scope, limit_nusd)
             if before is None or before.limit_nusd != after.limit_nusd:
                 old = None if before is None else {"limit_usd": usd_or_none(before.limit_nusd)}
                 self._note(connection, "budget.set", run_id, scope, old, {"limit_usd": usd_or_none(after.limit_nusd)})
@@ -194,13 +205,13 @@ def budget_scope(database: Database, name: str) -> tuple[str, str | None]:
     Raises:
         RunNotFound: it is none of these.
     """
-    if name == ledger.GLOBAL_SCOPE or (name.startswith(BUDGET_KINDS) and not name.endswith(":")):
+    if name == budgets.GLOBAL_SCOPE or (name.startswith(BUDGET_KINDS) and not name.endswith(":")):
         return name, None
     if name == "day":
         return f"day:{datetime.now(UTC):%Y-%m-%d}", None
     with database.snapshot() as connection:
         run, run_id = reports.find_run(connection, name)
-    return ledger.run_scope(run), run_id
+    return budgets.run_scope(run), run_id
 
 
 def _require_retryable(row: AnyRow) -> None:

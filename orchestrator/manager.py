@@ -23,14 +23,14 @@ from orchestrator.database import (
     Connection,
     Database,
     DatabaseUnavailable,
+    budgets,
     costs,
     intake,
-    ledger,
     limits,
     reports,
     work,
 )
-from orchestrator.database.ledger import Budget
+from orchestrator.database.budgets import Budget
 from orchestrator.database.limits import Override
 from orchestrator.errors import EnvironmentNotReady, InvalidInput, Problem, WorkflowError, WrongState, did_you_mean
 from orchestrator.items import iter_items
@@ -128,7 +128,7 @@ class WorkflowManager:
         else:
             run, run_id = self.find_run(resume)
             self._renew_limits(run)
-            self._control.set_budget(ledger.run_scope(run), plan.budget_nusd, run_id)
+            self._control.set_budget(budgets.run_scope(run), plan.budget_nusd, run_id)
             self._control.take_up(run)
             started = StartedRun(run, run_id, resumed=True)
         self._store_items(orchestrator, started.run, plan, on_stored)
@@ -188,7 +188,7 @@ class WorkflowManager:
         limit = None if budget_usd is None else _limit_of(budget_usd)
         orchestrator = self._orchestrator()
         if limit is not None:
-            self._control.set_budget(ledger.run_scope(run), limit, run_id)
+            self._control.set_budget(budgets.run_scope(run), limit, run_id)
         self._renew_limits(run)
         self._control.take_up(run)
         orchestrator.republish(run)
@@ -230,11 +230,11 @@ class WorkflowManager:
         """Budgets: those that an attempt of a run would be held against now, or all but those of runs that ended."""
         with self._database.snapshot() as connection:
             if name is None:
-                return ledger.find_budgets(connection, costs.current_scopes(connection))
+                return budgets.find_budgets(connection, costs.current_scopes(connection))
             run, _ = reports.find_run(connection, name)
             workflow, clock_s = work.run_row(connection, run).workflow_id, reports.clock(connection)
-            scopes = {s for one in self._settings.providers for s in ledger.scopes_of(run, workflow, one, clock_s)}
-            return ledger.find_budgets(connection, scopes)
+            scopes = {s for one in self._settings.providers for s in budgets.scopes_of(run, workflow, one, clock_s)}
+            return budgets.find_budgets(connection, scopes)
 
     def set_budget(self, name: str, limit_usd: Decimal | None) -> Budget:
         """Changes the limit of a budget; None is no limit. Takes no run up by itself.
@@ -338,10 +338,10 @@ class WorkflowManager:
         total = cast("Decimal | None", self._config.get_workflow_config(workflow).get("total_budget_usd"))
         providers = self._settings.providers.values()
         return {
-            ledger.GLOBAL_SCOPE: shared.cost_limit_nusd,
-            ledger.workflow_scope(workflow): nusd_of(total),
-            **{ledger.provider_scope(one.name): one.cost_limit_nusd for one in providers},
-            ledger.day_scope(reports.clock(connection)): shared.daily_cost_limit_nusd,
+            budgets.GLOBAL_SCOPE: shared.cost_limit_nusd,
+            budgets.workflow_scope(workflow): nusd_of(total),
+            **{budgets.provider_scope(one.name): one.cost_limit_nusd for one in providers},
+            budgets.day_scope(reports.clock(connection)): shared.daily_cost_limit_nusd,
         }
 
     def _renew_limits(self, run: int) -> None:

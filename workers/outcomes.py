@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from time import monotonic
 
-from orchestrator.database import batches, ledger
+from orchestrator.database import batches, budgets, ledger
 from orchestrator.database.cache import CacheEntry
 from orchestrator.database.runs import UNKNOWN_OUTCOME, CallEnd, CallText
 from orchestrator.errors import AnswerError
@@ -77,7 +77,7 @@ class Outcomes:
         """Goes on at another provider when only this one's budget is used up; stops the run otherwise."""
         here, index = job.route(asking.route_index).provider, asking.route_index + 1
         following = job.kit.routes[index] if index < len(job.kit.routes) else None
-        if following is not None and following.provider != here and scope == ledger.provider_scope(here):
+        if following is not None and following.provider != here and scope == budgets.provider_scope(here):
             place = (index, following.provider, following.model)
             await self.release(job, asking, CallEnd("pending", error_code="budget", route=place), always=True)
             return

@@ -14,7 +14,7 @@ from typing import Any
 
 import structlog
 
-from orchestrator.database import Connection, Database, DatabaseUnavailable, ledger, reports, work
+from orchestrator.database import Connection, Database, DatabaseUnavailable, budgets, reports, work
 from orchestrator.planning import needed_answers, segments
 from orchestrator.results import ResultProcessor, aggregate_results, answer_schema
 from orchestrator.runspec import Route, RunSpec
@@ -204,8 +204,8 @@ class BudgetIds:
     def _look_up(self, run: PreparedRun, provider: str) -> None:
         with self._database.transaction() as connection:
             now_s = reports.clock(connection)
-            scopes = ledger.scopes_of(run.number, run.spec.workflow.name, provider, now_s)
-            ids = tuple(sorted(ledger.ensure_budgets(connection, scopes).values()))
+            scopes = budgets.scopes_of(run.number, run.spec.workflow.name, provider, now_s)
+            ids = tuple(sorted(budgets.ensure_budgets(connection, scopes).values()))
         if self._day != _day_of(now_s):
             self._known = {}
         self._ahead_s, self._day = now_s - monotonic(), _day_of(now_s)

@@ -19,7 +19,7 @@ import structlog
 from redis.asyncio import Redis
 
 from orchestrator import broker
-from orchestrator.database import AnyRow, Database, batches, fleet, ledger, runs, windows
+from orchestrator.database import AnyRow, Database, batches, budgets, fleet, ledger, runs, windows
 from orchestrator.database.runs import CallEnd
 from orchestrator.money import usd, usd_or_none
 from orchestrator.orchestration import WorkflowOrchestrator
@@ -50,7 +50,7 @@ NO_FENCE = -1
 def warn_of_budgets(database: Database) -> None:
     """Logs every budget of which so much is used that people should know; once per budget and limit."""
     with database.transaction() as connection:
-        nearly_used = ledger.warn_once(connection)
+        nearly_used = budgets.warn_once(connection)
     for budget in nearly_used:
         limit = usd_or_none(budget.limit_nusd)
         log.warning("budget.nearly_used", scope=budget.scope, used_usd=usd(budget.used_nusd()), limit_usd=limit)

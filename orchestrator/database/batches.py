@@ -13,7 +13,7 @@ from typing import Any
 
 from sqlalchemy import Connection, select
 
-from orchestrator.database import cache, ledger, runs, windows
+from orchestrator.database import budgets, cache, ledger, runs, windows
 from orchestrator.database.engine import AnyRow
 from orchestrator.database.tables import llm_usage
 
@@ -130,14 +130,14 @@ def lock_in_order(connection: Connection, wishes: Sequence[Claim | Settlement | 
     if connection.dialect.name == "sqlite":
         return
     runs.lock_calls(connection, (wish.call for wish in wishes))
-    ledger.lock_budgets(connection, {id_ for wish in wishes if isinstance(wish, Claim) for id_ in wish.budget_ids})
+    budgets.lock_budgets(connection, {id_ for wish in wishes if isinstance(wish, Claim) for id_ in wish.budget_ids})
 
 
 def claim(connection: Connection, claims: Sequence[Claim]) -> list[ClaimAnswer]:
     """Claims calls and reserves their worst prices, first come first served; answers in the order given."""
     rows = runs.lock_calls(connection, (wish.call for wish in claims))
     repeated = _claims_already_made(connection, claims, rows)
-    budgets = ledger.lock_budgets(connection, (id_ for wish in claims for id_ in wish.budget_ids))
+    locked = budgets.lock_budgets(connection, (id_ for wish in claims for id_ in wish.budget_ids))
     # Behind the lock on the budgets, which serialises claims: nobody else begins an equal flight from here on.
     equal = _equal_calls(connection, claims)
     taken: dict[int, int] = defaultdict(int)
@@ -152,7 +152,7 @@ def claim(connection: Connection, claims: Sequence[Claim]) -> list[ClaimAnswer]:
             answers.append(NotMine())
         elif wish.held_fence is None and wish.key in equal:
             answers.append(equal[wish.key])
-        elif (refusal := _over_budget(wish, [budgets[id_] for id_ in wish.budget_ids], taken)) is not None:
+        elif (refusal := _over_budget(wish, [locked[id_] for id_ in wish.budget_ids], taken)) is not None:
             answers.append(refusal)
         else:
             for id_ in wish.budget_ids:
@@ -163,7 +163,7 @@ def claim(connection: Connection, claims: Sequence[Claim]) -> list[ClaimAnswer]:
             if wish.key is not None:
                 equal[wish.key] = InFlight()
             answers.append(granted[-1][1])
-    ledger.reserve(connection, taken)
+    budgets.reserve(connection, taken)
     runs.claim_calls(connection, [(wish.call, grant.fence, wish.worker, wish.key) for wish, grant in granted])
     ledger.add_attempts(connection, [_attempt_row(wish, grant) for wish, grant in granted])
     return answers
@@ -214,8 +214,8 @@ def _claims_already_made(
     return {row.token: Claimed(row.fence, row.number) for row in connection.execute(query)}
 
 
-def _over_budget(wish: Claim, budgets: Sequence[ledger.Budget], taken: dict[int, int]) -> OverBudget | None:
-    limited = [budget for budget in budgets if budget.limit_nusd is not None]
+def _over_budget(wish: Claim, held: Sequence[budgets.Budget], taken: dict[int, int]) -> OverBudget | None:
+    limited = [budget for budget in held if budget.limit_nusd is not None]
     free = {budget.id: max(0, (budget.free_nusd() or 0) - taken[budget.id]) for budget in limited}
     refusing = [budget for budget in limited if free[budget.id] < wish.worst_nusd]
     if not refusing:

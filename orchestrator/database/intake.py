@@ -11,7 +11,7 @@ from typing import Any
 
 from sqlalchemy import Connection, func, insert, select, update
 
-from orchestrator.database import ledger
+from orchestrator.database import budgets
 from orchestrator.database.engine import NOW
 from orchestrator.database.runs import OPEN_RUN
 from orchestrator.database.tables import items, windows, workflow_executions
@@ -23,14 +23,14 @@ def create_run(connection: Connection, values: dict[str, Any], limit_nusd: int |
     """Writes a run and its budget; returns the run's number."""
     statement = insert(workflow_executions).values(**values, producer_at=NOW).returning(_runs.id)
     run = connection.execute(statement).scalar_one()
-    ledger.set_limit(connection, ledger.run_scope(run), limit_nusd)
+    budgets.set_limit(connection, budgets.run_scope(run), limit_nusd)
     return run
 
 
 def set_limits(connection: Connection, limits: Mapping[str, int | None]) -> None:
     """Sets what a configuration says of budgets by scope, in nano-USD; those that it does not limit exist as well."""
     for scope, limit_nusd in limits.items():
-        ledger.configure(connection, scope, limit_nusd)
+        budgets.configure(connection, scope, limit_nusd)
 
 
 def add_items(connection: Connection, run: int, rows: Sequence[tuple[int, str, str]]) -> None:

@@ -13,17 +13,11 @@ from typing import Any
 
 from sqlalchemy import Connection, Row, func, literal, not_, or_, select
 
-from orchestrator.database import costs, ledger
+from orchestrator.database import budgets, costs
 from orchestrator.database.engine import NOW
 from orchestrator.database.runs import OPEN_RUN, RunStatus
-from orchestrator.database.tables import (
-    CALL_STATES,
-    budgets,
-    prompt_executions,
-    windows,
-    workers,
-    workflow_executions,
-)
+from orchestrator.database.tables import CALL_STATES, prompt_executions, windows, workers, workflow_executions
+from orchestrator.database.tables import budgets as budget_rows
 from orchestrator.database.times import iso, iso_epoch
 from orchestrator.errors import RunNotFound
 from orchestrator.money import usd, usd_or_none
@@ -72,7 +66,7 @@ def status(connection: Connection, run: int) -> dict[str, Any]:
     row = _run_row(connection, run)
     attempts, tokens, spent = costs.by_outcome(connection, run)
     limits = _budgets(connection, row)
-    budget = next((one for one in limits if one.scope == ledger.run_scope(run)), None)
+    budget = next((one for one in limits if one.scope == budgets.run_scope(run)), None)
     calls = _calls_by_status(connection, row)
     items = _items(connection, row)
     return {
@@ -165,8 +159,9 @@ def find_run(connection: Connection, name: str) -> tuple[int, str]:
 
 def list_runs(connection: Connection, limit: int = 20, status_is: RunStatus | None = None) -> list[dict[str, Any]]:
     """Runs, newest first: `run_id`, `workflow`, `project`, `status`, `reason`, `items`, `cost_usd` and times."""
-    cost = select(budgets.c.spent_nusd + budgets.c.excess_nusd).where(
-        budgets.c.scope == literal("run:") + _runs.id.cast(budgets.c.scope.type)
+    budget = budget_rows.c
+    cost = select(budget.spent_nusd + budget.excess_nusd).where(
+        budget.scope == literal("run:") + _runs.id.cast(budget.scope.type)
     )
     query = (
         select(workflow_executions, cost.scalar_subquery().label("cost_nusd")).order_by(_runs.id.desc()).limit(limit)
@@ -227,21 +222,21 @@ def _run_row(connection: Connection, run: int) -> Row[Any]:
     return row
 
 
-def _budgets(connection: Connection, row: Row[Any]) -> list[ledger.Budget]:
+def _budgets(connection: Connection, row: Row[Any]) -> list[budgets.Budget]:
     """The budgets that the run's next attempts are held against, the one with the least left first."""
     routes = json.loads(row.spec).get("routes", {})
     providers = sorted({route["provider"] for chosen in routes.values() for route in chosen})
     now_s = clock(connection)
-    scopes = {one for name in providers or [""] for one in ledger.scopes_of(row.id, row.workflow_id, name, now_s)}
-    return sorted(ledger.find_budgets(connection, scopes), key=_left)
+    scopes = {one for name in providers or [""] for one in budgets.scopes_of(row.id, row.workflow_id, name, now_s)}
+    return sorted(budgets.find_budgets(connection, scopes), key=_left)
 
 
-def _left(budget: ledger.Budget) -> tuple[float, int]:
+def _left(budget: budgets.Budget) -> tuple[float, int]:
     free = budget.free_nusd()
     return (math.inf if free is None else free, budget.id)
 
 
-def _shown(budget: ledger.Budget) -> dict[str, Any]:
+def _shown(budget: budgets.Budget) -> dict[str, Any]:
     return {
         "scope": budget.scope,
         "limit_usd": usd_or_none(budget.limit_nusd),
@@ -251,7 +246,7 @@ def _shown(budget: ledger.Budget) -> dict[str, Any]:
     }
 
 
-def _warning(budget: ledger.Budget) -> str:
+def _warning(budget: budgets.Budget) -> str:
     limit = budget.limit_nusd or 0
     share = f"{100 * budget.used_nusd() // limit} %" if limit else "all"
     return f"{share} of the budget {budget.scope} is used: ${usd(budget.used_nusd())} of ${usd(limit)}"

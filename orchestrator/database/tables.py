@@ -310,10 +310,21 @@ budgets = Table(
         server_default="0",
         comment="nano-USD that a provider reported beyond the worst price it could have asked by its own price list",
     ),
+    Column(
+        "overhang_nusd",
+        BigInteger,
+        nullable=False,
+        server_default="0",
+        comment="nano-USD already taken beyond a limit when it was lowered; falls as that settles, never rises",
+    ),
     Column("warned_at", Double, comment="s since epoch of the warning about this limit; NULL if none was given"),
     Column("configured_nusd", BigInteger, comment="nano-USD that a configuration named last; NULL if it named none"),
-    CheckConstraint("limit_nusd IS NULL OR spent_nusd + reserved_nusd <= limit_nusd", name="never_overspent"),
-    CheckConstraint("spent_nusd >= 0 AND reserved_nusd >= 0 AND excess_nusd >= 0", name="not_negative"),
+    CheckConstraint(
+        "limit_nusd IS NULL OR spent_nusd + reserved_nusd <= limit_nusd + overhang_nusd", name="never_overspent"
+    ),
+    CheckConstraint(
+        "spent_nusd >= 0 AND reserved_nusd >= 0 AND excess_nusd >= 0 AND overhang_nusd >= 0", name="not_negative"
+    ),
 )
 
 verdicts = Table(

@@ -19,7 +19,7 @@ import pytest
 from sqlalchemy import event, text
 from sqlalchemy.exc import OperationalError
 
-from orchestrator.database import Database, fleet, ledger
+from orchestrator.database import Database, budgets, fleet, ledger
 from orchestrator.database.batches import Claimed, OverBudget, Settlement
 from orchestrator.database.ledger import Usage
 from orchestrator.database.runs import CallEnd
@@ -69,11 +69,11 @@ def check_books(database: Database) -> None:
     """Every budget tells what its attempts cost, and nothing is reserved any more."""
     with database.snapshot() as connection:
         attempts = connection.execute(text("SELECT status, cost_nusd, budget_ids FROM llm_usage")).all()
-        budgets = connection.execute(text("SELECT * FROM budgets")).all()
+        rows = connection.execute(text("SELECT * FROM budgets")).all()
         calls = connection.execute(text("SELECT sum(cost_nusd) FROM prompt_executions")).scalar_one()
     assert not [row for row in attempts if row.status in ledger.OPEN_ATTEMPT]
     assert calls == sum(row.cost_nusd for row in attempts)
-    for budget in budgets:
+    for budget in rows:
         booked = sum(row.cost_nusd for row in attempts if budget.id in ledger.split_ids(row.budget_ids))
         assert budget.reserved_nusd == 0, budget
         assert budget.spent_nusd + budget.excess_nusd == booked, budget
@@ -87,19 +87,19 @@ class Chaos:
         luck = random.Random(seed)
         self.stage = Stage.with_calls(database, CALLS, name=f"chaos-{seed}")
         self.tight = luck.choice(
-            (ledger.GLOBAL_SCOPE, ledger.run_scope(self.stage.run), ledger.workflow_scope("picks"))
+            (budgets.GLOBAL_SCOPE, budgets.run_scope(self.stage.run), budgets.workflow_scope("picks"))
         )
         self.ids: dict[tuple[str, int], tuple[int, ...]] = {}
         with database.transaction() as connection:
             for provider in ("main", "spare"):
                 for day in range(2):
-                    scopes = ledger.scopes_of(self.stage.run, "picks", provider, NOON + day * 86_400)
-                    found = ledger.ensure_budgets(connection, scopes)
+                    scopes = budgets.scopes_of(self.stage.run, "picks", provider, NOON + day * 86_400)
+                    found = budgets.ensure_budgets(connection, scopes)
                     self.ids[provider, day] = tuple(sorted(found.values()))
-            ledger.set_limit(connection, self.tight, LIMIT_NUSD)
+            budgets.set_limit(connection, self.tight, LIMIT_NUSD)
             # The first choice may have less than the run; the second one, and the days, have enough.
-            ledger.set_limit(connection, "provider:main", luck.choice((None, LIMIT_NUSD // 3, 2 * LIMIT_NUSD)))
-            ledger.set_limit(connection, ledger.day_scope(NOON), 3 * LIMIT_NUSD)
+            budgets.set_limit(connection, "provider:main", luck.choice((None, LIMIT_NUSD // 3, 2 * LIMIT_NUSD)))
+            budgets.set_limit(connection, budgets.day_scope(NOON), 3 * LIMIT_NUSD)
         self.generation = 0
         self.outcomes = Counter[str]()
         self._naming, self._zombies = Lock(), list[tuple[int, Claimed, str]]()
@@ -240,7 +240,7 @@ def be_chaotic(url: str, seed: int) -> Counter[str]:
         assert watcher.looks > 3, f"seed {seed}"
         check_books(database)
         with database.snapshot() as connection:
-            tight = ledger.find_budget(connection, chaos.tight)
+            tight = budgets.find_budget(connection, chaos.tight)
         used = (tight.spent_nusd + tight.excess_nusd) / LIMIT_NUSD
         assert used >= USED_SHARE, f"seed {seed}: {used:.1%} of {tight} were used"
         return chaos.outcomes
@@ -295,11 +295,11 @@ def _storm(engine: Engine, seed: int, budget_usd: str) -> None:
     assert watcher.broken == [], f"seed {seed}: {watcher.broken[:3]}"
     check_books(engine.manager.database)
     with engine.manager.database.snapshot() as connection:
-        budget = ledger.find_budget(connection, ledger.run_scope(run.run))
+        budget = budgets.find_budget(connection, budgets.run_scope(run.run))
         freed = fleet.held_calls(connection, "nobody")
     used = (budget.spent_nusd + budget.excess_nusd) / limit
     print(f"seed {seed}: {used:.2%} used, {engine.status(run)['attempts']}, {watcher.looks} looks")
-    assert (status["reason"], status["reason_detail"]) == ("budget", ledger.run_scope(run.run))
+    assert (status["reason"], status["reason_detail"]) == ("budget", budgets.run_scope(run.run))
     assert used >= USED_SHARE, f"seed {seed}: only {used:.1%} were used"
     assert not freed
 

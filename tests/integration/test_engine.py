@@ -2,11 +2,12 @@
 
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import fields
 
 import pytest
 
-from orchestrator.database import ledger
+from orchestrator.database import budgets
 from orchestrator.errors import OrchestratorError
 from tests.engine import Engine, launch_engine
 from tests.fakes.provider_service import ServerOptions
@@ -175,27 +176,36 @@ class TestBudgets:
         histories = [engine.check(run, ended=False) for run in runs]
         assert spent + sum(history.cost_nusd for history in histories) <= limit
         with engine.manager.database.transaction() as connection:
-            ledger.set_limit(connection, ledger.GLOBAL_SCOPE, None)
+            budgets.set_limit(connection, budgets.GLOBAL_SCOPE, None)
         for run in runs:
             engine.manager.resume(run.run_id)
             assert engine.wait(run)["status"] == "completed"
             assert engine.check(run).received == 60
 
 
+@contextmanager
+def slowed(engine: Engine) -> Iterator[None]:
+    """Lets few calls be in flight, so that some are left when a test changes its mind."""
+    engine.manager.set_limits("main", concurrency=30)
+    yield
+    engine.manager.clear_limits("main")
+
+
 class TestControl:
     def test_pause_reaches_the_workers_and_resume_repeats_nothing(self, engine: Engine) -> None:
         engine.fake.control(latency_s=0.3)
-        run = engine.start_run(600, ONE, salt="pause")
-        engine.wait_received(60)
-        assert engine.manager.pause(run.run_id)
+        with slowed(engine):
+            run = engine.start_run(2000, ONE, salt="pause")
+            engine.wait_received(60)
+            assert engine.manager.pause(run.run_id)
         wait_until(lambda: engine.status(run)["calls"]["running"] == 0, 5)
         received = engine.fake.provider.number
         held = engine.check(run, ended=False)
-        assert held.received < 600
+        assert held.received < 2000
         engine.manager.resume(run.run_id)
         assert engine.wait(run)["status"] == "completed"
         assert received < engine.fake.provider.number
-        assert engine.check(run).received == 600
+        assert engine.check(run).received == 2000
 
     def test_a_call_that_waits_to_be_sent_again_survives_a_pause(self, engine: Engine) -> None:
         engine.fake.control(_overloaded(30), latency_s=0.05)
@@ -211,13 +221,14 @@ class TestControl:
 
     def test_cancel_ends_every_call_and_keeps_what_was_answered(self, engine: Engine) -> None:
         engine.fake.control(latency_s=0.3)
-        run = engine.start_run(600, ONE, salt="cancel")
-        engine.wait_received(60)
-        assert engine.manager.cancel(run.run_id)
+        with slowed(engine):
+            run = engine.start_run(2000, ONE, salt="cancel")
+            engine.wait_received(60)
+            assert engine.manager.cancel(run.run_id)
         wait_until(lambda: engine.status(run)["calls"]["running"] == 0, 5)
         assert not engine.manager.cancel(run.run_id)
         history = engine.check(run)
-        assert history.calls["completed"] + history.calls["cancelled"] == 600
+        assert history.calls["completed"] + history.calls["cancelled"] == 2000
         assert history.calls["cancelled"] > 0
 
     def test_a_call_that_waits_to_be_sent_again_is_cancelled_too(self, engine: Engine) -> None:

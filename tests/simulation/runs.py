@@ -6,7 +6,7 @@ from random import Random
 from typing import Any
 
 from orchestrator import planning
-from orchestrator.database import Database, intake, ledger
+from orchestrator.database import Database, budgets, intake
 from orchestrator.declaration import read_workflow
 from orchestrator.orchestration import WorkflowOrchestrator
 from orchestrator.runspec import Route, RunSpec
@@ -57,7 +57,7 @@ def store_run(database: Database, plan: PlannedRun) -> int:
     values: dict[str, Any] = run_values(f"run-{plan.number}")
     values |= {"workflow_id": plan.spec.workflow.name, "spec": plan.spec.to_json(), "phase": "items"}
     with database.transaction() as connection:
-        intake.set_limits(connection, {ledger.GLOBAL_SCOPE: None})
+        intake.set_limits(connection, {budgets.GLOBAL_SCOPE: None})
         return intake.create_run(connection, values, plan.limit_nusd)
 
 

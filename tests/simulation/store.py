@@ -72,7 +72,14 @@ PROMISES = {
     "a budget is overspent": (
         "UPDATE",
         "budgets",
-        "NEW.spent_nusd + NEW.reserved_nusd > NEW.limit_nusd OR NEW.spent_nusd < 0 OR NEW.reserved_nusd < 0",
+        "NEW.spent_nusd + NEW.reserved_nusd > NEW.limit_nusd + NEW.overhang_nusd"
+        " OR NEW.spent_nusd < 0 OR NEW.reserved_nusd < 0",
+    ),
+    "something is taken beyond a lowered limit": (
+        "UPDATE",
+        "budgets",
+        "NEW.limit_nusd IS OLD.limit_nusd AND (NEW.overhang_nusd > OLD.overhang_nusd OR OLD.overhang_nusd > 0"
+        " AND NEW.spent_nusd + NEW.reserved_nusd > OLD.spent_nusd + OLD.reserved_nusd)",
     ),
 }
 

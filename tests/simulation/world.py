@@ -16,7 +16,7 @@ from sqlalchemy.exc import IntegrityError, OperationalError
 from orchestrator.broker import all_queues
 from orchestrator.config import ConfigManager
 from orchestrator.control import RunControl
-from orchestrator.database import ledger, reports
+from orchestrator.database import budgets, reports
 from orchestrator.orchestration import WorkflowOrchestrator
 from tests.simulation.clock import ACTOR, NothingToWaitFor, VirtualLoop
 from tests.simulation.doors import Broker, doors_of
@@ -251,7 +251,7 @@ class World:
                 if reason == "budget":
                     budget = self._query(f"SELECT limit_nusd FROM budgets WHERE scope = 'run:{run}'")[0][0]
                     more = None if self.counts["raise"] > 5 else (budget or 0) + 20 * WORST_NUSD
-                    control.set_budget(ledger.run_scope(run), more)
+                    control.set_budget(budgets.run_scope(run), more)
                     self.step("raise")
                 control.take_up(run)
                 self.step("resume")
@@ -310,7 +310,7 @@ class World:
                     case "pause":
                         control.pause(run)
                     case "budget":
-                        control.set_budget(ledger.run_scope(run), self.random.randint(1, 40) * WORST_NUSD // 2)
+                        control.set_budget(budgets.run_scope(run), self.random.randint(1, 40) * WORST_NUSD // 2)
                     case "priority":
                         control.set_priority(run, self.random.randint(-5, 5))
                     case _ if self.random.random() < 0.3:

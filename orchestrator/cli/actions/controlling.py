@@ -11,7 +11,7 @@ from typing import Any
 from orchestrator.cli.actions.output import console, put_json, say, table
 from orchestrator.cli.actions.session import has_database, load_config, prepare, translated
 from orchestrator.config import ConfigManager
-from orchestrator.database.ledger import Budget
+from orchestrator.database.budgets import Budget
 from orchestrator.database.limits import Override
 from orchestrator.manager import WorkflowManager
 from orchestrator.money import usd, usd_or_none

@@ -8,11 +8,13 @@ from typing import Any
 
 from sqlalchemy import Row, func, select, update
 
-from orchestrator.database import Database, batches, costs, fleet, intake, ledger, runs, windows
+from orchestrator.database import Database, batches, budgets, costs, fleet, intake, ledger, runs, windows
 from orchestrator.database.batches import Claim, ClaimAnswer, Claimed, Settlement
-from orchestrator.database.ledger import Budget, Usage
+from orchestrator.database.budgets import Budget
+from orchestrator.database.ledger import Usage
 from orchestrator.database.runs import CallEnd
-from orchestrator.database.tables import budgets, llm_usage, prompt_executions, workers
+from orchestrator.database.tables import budgets as budget_rows
+from orchestrator.database.tables import llm_usage, prompt_executions, workers
 
 STEP = "score"
 PROVIDER = "simulator"
@@ -79,7 +81,7 @@ class Stage:
                 .order_by(prompt_executions.c.item_ordinal)
             )
             calls = list(found.scalars())
-            budget = ledger.find_budget(connection, ledger.run_scope(run)).id
+            budget = budgets.find_budget(connection, budgets.run_scope(run)).id
         return cls(database, run, window, calls, budget)
 
     def wish(self, ordinal: int, worst: int = 100, worker: str = "w1", **changes: Any) -> Claim:
@@ -153,12 +155,12 @@ class Stage:
     def money(self) -> Budget:
         """The run's budget as it stands."""
         with self.database.snapshot() as connection:
-            return ledger.find_budget(connection, ledger.run_scope(self.run))
+            return budgets.find_budget(connection, budgets.run_scope(self.run))
 
     def set_limit(self, limit_nusd: int | None) -> Budget:
         """Changes the run's limit."""
         with self.database.transaction() as connection:
-            return ledger.set_limit(connection, ledger.run_scope(self.run), limit_nusd)
+            return budgets.set_limit(connection, budgets.run_scope(self.run), limit_nusd)
 
     def register(self, worker: str = "w1", lease_s: float = 60.0) -> None:
         """Enters a worker."""
@@ -193,10 +195,12 @@ class Stage:
                     prompt_executions.c.workflow_execution_id == self.run
                 )
             ).scalar_one()
-            budget = connection.execute(select(budgets).where(budgets.c.id == self.budget)).one()
+            budget = connection.execute(select(budget_rows).where(budget_rows.c.id == self.budget)).one()
             totals = costs.totals(connection, self.run)
         assert booked == budget.spent_nusd + budget.excess_nusd
         assert booked == of_calls
         assert booked == totals["cost_nusd"]
         assert held == budget.reserved_nusd
-        assert budget.limit_nusd is None or budget.spent_nusd + budget.reserved_nusd <= budget.limit_nusd
+        taken, overhang = budget.spent_nusd + budget.reserved_nusd, budget.overhang_nusd
+        assert budget.limit_nusd is None or taken <= budget.limit_nusd + overhang
+        assert overhang == 0 or taken == budget.limit_nusd + overhang

@@ -6,7 +6,7 @@ import pytest
 from sqlalchemy import Connection, delete, insert, select, update
 
 from orchestrator.control import RunControl, budget_scope
-from orchestrator.database import Database, audit, ledger
+from orchestrator.database import Database, audit, budgets
 from orchestrator.database.audit import Change
 from orchestrator.database.limits import Override
 from orchestrator.database.tables import audit_log
@@ -99,7 +99,7 @@ def test_control_writes_what_it_changed_and_nothing_when_it_changed_nothing(stag
     assert control.take_up(stage.run)
     assert control.set_priority(stage.run, 2)
     assert not control.set_priority(stage.run, 2)
-    scope = ledger.run_scope(stage.run)
+    scope = budgets.run_scope(stage.run)
     for _ in range(2):
         control.set_budget(scope, 2_000_000_000, "run-1")
         assert control.set_limits("simulator", {"rpm": 0}) == Override(rpm=0)
@@ -123,7 +123,7 @@ def test_control_writes_what_it_changed_and_nothing_when_it_changed_nothing(stag
 def test_budgets_are_named_as_people_name_them(stage: Stage):
     assert budget_scope(stage.database, "global") == ("global", None)
     assert budget_scope(stage.database, "provider:openai") == ("provider:openai", None)
-    assert budget_scope(stage.database, "run-1") == (ledger.run_scope(stage.run), "run-1")
+    assert budget_scope(stage.database, "run-1") == (budgets.run_scope(stage.run), "run-1")
     assert budget_scope(stage.database, "day")[0].startswith("day:20")
     for unknown in ("provider:", "nobody"):
         with pytest.raises(RunNotFound):

@@ -7,11 +7,12 @@ import pytest
 from sqlalchemy import select, update
 from sqlalchemy.exc import IntegrityError
 
-from orchestrator.database import Database, ledger
+from orchestrator.database import Database, budgets
 from orchestrator.database.batches import Claimed, OverBudget
-from orchestrator.database.ledger import GLOBAL_SCOPE, Usage
+from orchestrator.database.budgets import GLOBAL_SCOPE
+from orchestrator.database.ledger import Usage
 from orchestrator.database.runs import CallEnd
-from orchestrator.database.tables import budgets
+from orchestrator.database.tables import budgets as budget_rows
 from tests.integration.database.stage import Stage
 
 
@@ -19,15 +20,15 @@ from tests.integration.database.stage import Stage
 def test_the_database_refuses_to_go_beyond_a_limit(stage: Stage, column: str):
     stage.set_limit(100)
     with pytest.raises(IntegrityError, match="never_overspent"), stage.database.transaction() as connection:
-        connection.execute(update(budgets).values({column: 101}))
+        connection.execute(update(budget_rows).values({column: 101}))
     with stage.database.transaction() as connection:
-        connection.execute(update(budgets).values({column: 100}))
+        connection.execute(update(budget_rows).values({column: 100}))
 
 
 @pytest.mark.parametrize("column", ["spent_nusd", "reserved_nusd", "excess_nusd"])
 def test_the_database_refuses_sums_below_zero(stage: Stage, column: str):
     with pytest.raises(IntegrityError, match="not_negative"), stage.database.transaction() as connection:
-        connection.execute(update(budgets).values({column: -1}))
+        connection.execute(update(budget_rows).values({column: -1}))
 
 
 def test_a_reservation_fits_to_the_last_nano_dollar(stage: Stage):
@@ -48,7 +49,7 @@ def test_a_smaller_wish_behind_a_refused_one_is_granted(stage: Stage):
 def test_waiting_helps_while_money_is_only_reserved(stage: Stage):
     stage.set_limit(150)
     grant = stage.claimed(0, worst=100)
-    scope = ledger.run_scope(stage.run)
+    scope = budgets.run_scope(stage.run)
     assert stage.claim(stage.wish(1, worst=100)) == [OverBudget(scope, 150, 100, for_good=False)]
     stage.settle(stage.settlement(0, grant, Usage("ok", cost_nusd=50), CallEnd("completed", result="1")))
     assert stage.claim(stage.wish(1, worst=100)) == [Claimed(1, 1)]
@@ -58,7 +59,7 @@ def test_waiting_does_not_help_when_money_is_spent(stage: Stage):
     stage.set_limit(150)
     grant = stage.claimed(0, worst=100)
     stage.settle(stage.settlement(0, grant, Usage("ok", cost_nusd=51), CallEnd("completed", result="1")))
-    scope = ledger.run_scope(stage.run)
+    scope = budgets.run_scope(stage.run)
     assert stage.claim(stage.wish(1, worst=100)) == [OverBudget(scope, 150, 151, for_good=True)]
 
 
@@ -75,7 +76,7 @@ def test_excess_counts_against_the_limit(stage: Stage):
 def test_every_budget_of_a_call_must_hold(database: Database):
     stage = Stage.with_calls(database, 3, limit_nusd=1000)
     with database.transaction() as connection:
-        everything = ledger.set_limit(connection, GLOBAL_SCOPE, 150)
+        everything = budgets.set_limit(connection, GLOBAL_SCOPE, 150)
     both = {"budget_ids": (everything.id, stage.budget)}
     first, second = stage.claim(stage.wish(0, **both), stage.wish(1, **both))
     assert first == Claimed(1, 1)
@@ -83,22 +84,50 @@ def test_every_budget_of_a_call_must_hold(database: Database):
     assert second.scope == GLOBAL_SCOPE
     stage.settle(stage.settlement(0, first, Usage("ok", cost_nusd=60), CallEnd("completed", result="1")))
     with database.snapshot() as connection:
-        assert ledger.find_budget(connection, GLOBAL_SCOPE).spent_nusd == 60
+        assert budgets.find_budget(connection, GLOBAL_SCOPE).spent_nusd == 60
     assert stage.money().spent_nusd == 60
     stage.check_books()
 
 
-def test_a_limit_below_what_is_taken_is_raised_to_it(stage: Stage):
-    stage.claimed(0, worst=100)
-    assert stage.set_limit(30).limit_nusd == 100
+def test_a_limit_below_what_is_taken_binds_at_once(stage: Stage):
+    stage.set_limit(300)
+    first, second = stage.claimed(0, worst=100), stage.claimed(1, worst=100)
+    assert stage.set_limit(120).limit_nusd == 120
     assert stage.money().free_nusd() == 0
-    assert stage.set_limit(None).limit_nusd is None
-    assert stage.money().free_nusd() is None
+    scope = budgets.run_scope(stage.run)
+    stage.settle(stage.settlement(0, first, Usage("ok", cost_nusd=60), CallEnd("completed", result="1")))
+    assert stage.claim(stage.wish(2, worst=1)) == [
+        OverBudget(scope, 120, 61, for_good=False, free_nusd=0, spare_nusd=60)
+    ]
+    stage.settle(stage.settlement(1, second, Usage("ok", cost_nusd=30), CallEnd("completed", result="1")))
+    assert stage.claim(stage.wish(2, worst=30)) == [Claimed(1, 1)]
+    stage.check_books()
+
+
+def test_what_was_taken_beyond_a_lowered_limit_only_falls(stage: Stage):
+    grant = stage.claimed(0, worst=100)
+    stage.set_limit(30)
+    with pytest.raises(IntegrityError, match="never_overspent"), stage.database.transaction() as connection:
+        budgets.reserve(connection, {stage.budget: 1})
+    stage.settle(stage.settlement(0, grant, Usage("ok", cost_nusd=70), CallEnd("completed", result="1")))
+    with pytest.raises(IntegrityError, match="never_overspent"), stage.database.transaction() as connection:
+        budgets.reserve(connection, {stage.budget: 1})
+    assert stage.money().free_nusd() == 0
+    stage.check_books()
+
+
+def test_a_limit_that_is_taken_away_leaves_no_overhang(stage: Stage):
+    stage.claimed(0, worst=100)
+    stage.set_limit(30)
+    assert stage.set_limit(None).free_nusd() is None
+    assert stage.set_limit(150).free_nusd() == 50
+    with pytest.raises(IntegrityError, match="never_overspent"), stage.database.transaction() as connection:
+        budgets.reserve(connection, {stage.budget: 51})
 
 
 def test_a_scope_without_a_budget_is_told(stage: Stage):
     with stage.database.snapshot() as connection, pytest.raises(LookupError):
-        ledger.find_budget(connection, "run:0")
+        budgets.find_budget(connection, "run:0")
 
 
 def test_two_producers_create_the_global_budget_at_once(url: str):
@@ -108,7 +137,7 @@ def test_two_producers_create_the_global_budget_at_once(url: str):
     def create() -> None:
         try:
             with database.transaction() as connection:
-                ledger.set_limit(connection, GLOBAL_SCOPE, 500)
+                budgets.set_limit(connection, GLOBAL_SCOPE, 500)
         except IntegrityError as error:
             failed.append(error)
 
@@ -118,7 +147,7 @@ def test_two_producers_create_the_global_budget_at_once(url: str):
     for thread in threads:
         thread.join()
     with database.snapshot() as connection:
-        assert len(connection.execute(select(budgets)).all()) == 1
+        assert len(connection.execute(select(budget_rows)).all()) == 1
     database.close()
     assert failed == []
 

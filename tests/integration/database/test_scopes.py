@@ -5,11 +5,13 @@ from threading import Thread
 import pytest
 from sqlalchemy import text, update
 
-from orchestrator.database import Database, batches, fleet, intake, ledger, reports
+from orchestrator.database import Database, batches, budgets, fleet, intake, reports
 from orchestrator.database.batches import Claimed, OverBudget
-from orchestrator.database.ledger import GLOBAL_SCOPE, Usage
+from orchestrator.database.budgets import GLOBAL_SCOPE
+from orchestrator.database.ledger import Usage
 from orchestrator.database.runs import UNKNOWN_OUTCOME, CallEnd
-from orchestrator.database.tables import budgets, llm_usage
+from orchestrator.database.tables import budgets as budget_rows
+from orchestrator.database.tables import llm_usage
 from tests.integration.database.stage import PROVIDER, Stage
 
 NOON = 1_800_000_000.0
@@ -20,21 +22,23 @@ DONE = CallEnd("completed", result="1")
 def ids_of(database: Database, run: int, at_s: float = NOON) -> tuple[int, ...]:
     """The budgets of an attempt that the run makes at a time."""
     with database.transaction() as connection:
-        return tuple(sorted(ledger.ensure_budgets(connection, ledger.scopes_of(run, "picks", PROVIDER, at_s)).values()))
+        return tuple(
+            sorted(budgets.ensure_budgets(connection, budgets.scopes_of(run, "picks", PROVIDER, at_s)).values())
+        )
 
 
 def limit(database: Database, scope: str, limit_nusd: int | None) -> None:
     with database.transaction() as connection:
-        ledger.set_limit(connection, scope, limit_nusd)
+        budgets.set_limit(connection, scope, limit_nusd)
 
 
-def budget(database: Database, scope: str) -> ledger.Budget:
+def budget(database: Database, scope: str) -> budgets.Budget:
     with database.snapshot() as connection:
-        return ledger.find_budget(connection, scope)
+        return budgets.find_budget(connection, scope)
 
 
 def scopes(stage: Stage) -> tuple[str, ...]:
-    return ledger.scopes_of(stage.run, "picks", PROVIDER, NOON)
+    return budgets.scopes_of(stage.run, "picks", PROVIDER, NOON)
 
 
 def test_an_attempt_is_held_against_five_budgets_and_settles_all_of_them(stage: Stage):
@@ -65,7 +69,7 @@ def test_each_of_the_five_refuses_and_changes_nothing(stage: Stage, which: int):
 def test_a_refusal_names_the_budget_with_the_least_left(stage: Stage):
     ids = ids_of(stage.database, stage.run)
     limit(stage.database, GLOBAL_SCOPE, 90)
-    limit(stage.database, ledger.workflow_scope("picks"), 40)
+    limit(stage.database, budgets.workflow_scope("picks"), 40)
     (answer,) = stage.claim(stage.wish(0, 100, budget_ids=ids))
     assert answer == OverBudget("workflow:picks", 40, 100, for_good=True)
 
@@ -74,7 +78,7 @@ def test_a_limit_that_is_set_later_counts_what_was_spent_before(stage: Stage):
     ids = ids_of(stage.database, stage.run)
     grant = stage.claimed(0, worst=100, budget_ids=ids)
     stage.settle(stage.settlement(0, grant, Usage("ok", cost_nusd=60), DONE))
-    limit(stage.database, ledger.provider_scope(PROVIDER), 100)
+    limit(stage.database, budgets.provider_scope(PROVIDER), 100)
     assert budget(stage.database, "provider:simulator").free_nusd() == 40
 
 
@@ -82,21 +86,21 @@ def test_an_attempt_settles_against_the_day_on_which_it_left(stage: Stage):
     grant = stage.claimed(0, worst=100, budget_ids=ids_of(stage.database, stage.run))
     ids_of(stage.database, stage.run, NOON + DAY_S)
     stage.settle(stage.settlement(0, grant, Usage("ok", cost_nusd=70), DONE))
-    assert budget(stage.database, ledger.day_scope(NOON)).spent_nusd == 70
-    assert budget(stage.database, ledger.day_scope(NOON + DAY_S)).spent_nusd == 0
+    assert budget(stage.database, budgets.day_scope(NOON)).spent_nusd == 70
+    assert budget(stage.database, budgets.day_scope(NOON + DAY_S)).spent_nusd == 0
 
 
 def test_a_new_day_begins_with_the_limit_of_the_last_one_and_with_nothing_spent(stage: Stage):
-    today, tomorrow = ledger.day_scope(NOON), ledger.day_scope(NOON + DAY_S)
+    today, tomorrow = budgets.day_scope(NOON), budgets.day_scope(NOON + DAY_S)
     limit(stage.database, today, 500)
     ids_of(stage.database, stage.run, NOON + DAY_S)
     assert budget(stage.database, tomorrow).limit_nusd == 500
     ids_of(stage.database, stage.run, NOON - DAY_S)
-    assert budget(stage.database, ledger.day_scope(NOON - DAY_S)).limit_nusd is None
+    assert budget(stage.database, budgets.day_scope(NOON - DAY_S)).limit_nusd is None
 
 
 def test_what_an_operator_sets_stands_until_the_configuration_names_another_limit(database: Database):
-    today = ledger.day_scope(NOON)
+    today = budgets.day_scope(NOON)
 
     def configure(nusd: int | None) -> int | None:
         with database.transaction() as connection:
@@ -109,8 +113,8 @@ def test_what_an_operator_sets_stands_until_the_configuration_names_another_limi
     assert configure(600) == 600
     limit(database, today, 900)
     with database.transaction() as connection:
-        ledger.ensure_budgets(connection, [ledger.day_scope(NOON + DAY_S)])
-    assert budget(database, ledger.day_scope(NOON + DAY_S)).limit_nusd == 600
+        budgets.ensure_budgets(connection, [budgets.day_scope(NOON + DAY_S)])
+    assert budget(database, budgets.day_scope(NOON + DAY_S)).limit_nusd == 600
     assert configure(None) is None
 
 
@@ -129,9 +133,9 @@ def test_several_processes_make_the_same_budgets_at_once(url: str):
 def test_a_warning_is_given_once_for_each_limit(stage: Stage):
     def warned() -> list[str]:
         with stage.database.transaction() as connection:
-            return [one.scope for one in ledger.warn_once(connection)]
+            return [one.scope for one in budgets.warn_once(connection)]
 
-    scope = ledger.run_scope(stage.run)
+    scope = budgets.run_scope(stage.run)
     stage.set_limit(100)
     grant = stage.claimed(0, worst=79)
     stage.settle(stage.settlement(0, grant, Usage("ok", cost_nusd=79), DONE))
@@ -152,17 +156,17 @@ def test_status_tells_limits_the_scarcest_first_and_warns(stage: Stage):
     with stage.database.snapshot() as connection:
         now_s = reports.clock(connection)
     with stage.database.transaction() as connection:
-        ids = ledger.ensure_budgets(connection, ledger.scopes_of(stage.run, "picks", PROVIDER, now_s))
-    limit(stage.database, ledger.day_scope(now_s), 100)
+        ids = budgets.ensure_budgets(connection, budgets.scopes_of(stage.run, "picks", PROVIDER, now_s))
+    limit(stage.database, budgets.day_scope(now_s), 100)
     limit(stage.database, GLOBAL_SCOPE, 1_000)
     grant = stage.claimed(0, worst=90, budget_ids=tuple(sorted(ids.values())))
     stage.settle(stage.settlement(0, grant, Usage("ok", cost_nusd=85), DONE))
     with stage.database.snapshot() as connection:
         status = reports.status(connection, stage.run)
-    assert [one["scope"] for one in status["budgets"]] == [ledger.day_scope(now_s), GLOBAL_SCOPE]
+    assert [one["scope"] for one in status["budgets"]] == [budgets.day_scope(now_s), GLOBAL_SCOPE]
     assert status["budgets"][0]["free_usd"] == "0.000000015"
     assert len(status["warnings"]) == 1
-    assert status["warnings"][0].startswith(f"85 % of the budget {ledger.day_scope(now_s)} is used")
+    assert status["warnings"][0].startswith(f"85 % of the budget {budgets.day_scope(now_s)} is used")
 
 
 class TestUnknownOutcomes:
@@ -215,9 +219,9 @@ class TestUnknownOutcomes:
 
 
 def test_scopes_sort_by_day_and_say_what_they_are(database: Database):
-    assert ledger.day_scope(NOON) == "day:2027-01-15"
-    assert ledger.scopes_of(3, "w", "p", NOON) == (GLOBAL_SCOPE, "run:3", "workflow:w", "provider:p", "day:2027-01-15")
+    assert budgets.day_scope(NOON) == "day:2027-01-15"
+    assert budgets.scopes_of(3, "w", "p", NOON) == (GLOBAL_SCOPE, "run:3", "workflow:w", "provider:p", "day:2027-01-15")
     with database.snapshot() as connection:
         assert connection.execute(text("SELECT count(*) FROM budgets")).scalar_one() == 0
-        assert ledger.find_budgets(connection, ["global"]) == []
-    assert budgets.c.scope.type.length >= len("workflow:") + 200
+        assert budgets.find_budgets(connection, ["global"]) == []
+    assert budget_rows.c.scope.type.length >= len("workflow:") + 200

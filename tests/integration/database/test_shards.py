@@ -11,7 +11,7 @@ import pytest
 from sqlalchemy import select, update
 
 from orchestrator.broker import ShardMessage
-from orchestrator.database import Database, intake, ledger, runs, windows, work
+from orchestrator.database import Database, budgets, intake, runs, windows, work
 from orchestrator.database.cache import CacheEntry
 from orchestrator.database.tables import prompt_executions
 from orchestrator.declaration import read_workflow
@@ -149,7 +149,7 @@ def host(sqlite_template: Path, tmp_path: Path) -> Iterator[Host]:
     routes = {step: (ROUTE,) for step in ("look", "check", "why", "last")}
     spec = RunSpec(read_workflow(PACK, "w")[0], FILES, {}, routes, 10, 5, 2, 60)
     with database.transaction() as connection:
-        ledger.set_limit(connection, ledger.GLOBAL_SCOPE, None)
+        budgets.set_limit(connection, budgets.GLOBAL_SCOPE, None)
         run = intake.create_run(connection, {**run_values("run-1"), "spec": spec.to_json()}, None)
         intake.add_items(connection, run, [(n, f"item-{n}", f'{{"n":{n}}}') for n in range(ITEMS)])
         (window,) = intake.add_windows(connection, run, 0, [(0, ITEMS - 1)])

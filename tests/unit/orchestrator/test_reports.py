@@ -11,7 +11,19 @@ from typing import Any
 import pytest
 from sqlalchemy import Connection, insert, select
 
-from orchestrator.database import Database, batches, costs, fleet, intake, ledger, records, reports, runs, windows
+from orchestrator.database import (
+    Database,
+    batches,
+    budgets,
+    costs,
+    fleet,
+    intake,
+    ledger,
+    records,
+    reports,
+    runs,
+    windows,
+)
 from orchestrator.database.tables import prompt_executions, verdicts, workflow_executions
 from orchestrator.declaration import read_workflow
 from orchestrator.errors import RunNotFound
@@ -127,7 +139,7 @@ class Filled:
         return ended
 
     def _claim(self, call: int, step: str, model: str, worst_nusd: int) -> batches.Claimed:
-        budget = ledger.find_budget(self.connection, ledger.run_scope(self.run)).id
+        budget = budgets.find_budget(self.connection, budgets.run_scope(self.run)).id
         wish = batches.Claim(call, self.run, step, "simulator", model, WORKER, call, worst_nusd, (budget,), "test")
         (claimed,) = batches.claim(self.connection, [wish])
         assert isinstance(claimed, batches.Claimed)
