@@ -4,7 +4,7 @@
 with a file: while the one that `NO_MESSAGES` names exists, the process takes no message from the broker and does
 not notice; while the one that `NO_SPACE` names exists, its SQLite database may not grow.
 
-The points, in the order in which a call passes them:
+The points, in the order in which a call passes them, beside those in `tests.faults.crashing`:
 
 | point | what happened before |
 |---|---|
@@ -17,19 +17,11 @@ The points, in the order in which a call passes them:
 | `after_settle_commit` | it is committed, and nobody in the process knows it yet |
 | `after_shard` | all calls of the message have ended, and its group has not counted it |
 | `before_ack` | its group has counted it, and the broker still holds the message for us |
-| `in_move_commit` | what comes next for a run is decided and not committed |
-| `before_publish` | that is committed, and not published |
-| `after_publish` | it is published |
 | `before_end` | the result files of a run are written; its status does not say that it has ended |
 """
 
-import itertools
 import os
-import signal
-import sys
-import threading
-from collections.abc import Callable, Generator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,37 +33,15 @@ from sqlalchemy import Engine, event
 from orchestrator import broker
 from orchestrator.database import batches
 from orchestrator.orchestration import WorkflowOrchestrator
+from tests.faults.crashing import about, add_common_points, reach, wrap
 from workers.client import LLMClient
 from workers.runtime import Runtime
 from workers.writer import BatchWriter
 
 KINDS = {batches.Claim: "claim", batches.Settlement: "settle"}
-CRASHED = "crashed as arranged"
 NO_LIMIT = 2**30
 
 _environment = os.environ  # noqa: TID251
-_passages = itertools.count(1)
-_here = threading.local()
-"""What the transaction of this thread is about."""
-
-
-def reach(point: str) -> None:
-    """Passes a point; the one that was arranged is the end."""
-    wanted, _, passage = _environment.get("CRASH_AT", "").partition(":")
-    if point == wanted and next(_passages) == int(passage):
-        sys.stderr.write(f"{CRASHED}: {point}\n")
-        sys.stderr.flush()
-        os.kill(os.getpid(), signal.SIGKILL)
-
-
-def wrap(owner: Any, name: str, wrapper: Callable[..., Any]) -> None:
-    """Replaces a function by `wrapper`, which gets the original in front of its arguments."""
-    original = getattr(owner, name)
-
-    def wrapped(*args: Any, **kwargs: Any) -> Any:
-        return wrapper(original, *args, **kwargs)
-
-    setattr(owner, name, wrapped)
 
 
 def add_crash_points() -> None:
@@ -79,13 +49,10 @@ def add_crash_points() -> None:
     wrap(BatchWriter, "claim", _claim)
     wrap(BatchWriter, "_commit", _commit)
     wrap(LLMClient, "_exchange", _exchange)
-    wrap(WorkflowOrchestrator, "close_window", _move)
-    wrap(WorkflowOrchestrator, "coordinate_steps", _move)
-    wrap(WorkflowOrchestrator, "_publish", _publish)
     wrap(WorkflowOrchestrator, "_end", _end)
     wrap(Runtime, "ask", _ask)
     wrap(Request, "acknowledge", _acknowledge)
-    event.listen(Engine, "commit", _before_commit)
+    add_common_points()
 
 
 async def _claim(original: Any, *args: Any) -> Any:
@@ -102,24 +69,11 @@ async def _exchange(original: Any, *args: Any) -> Any:
 
 def _commit(original: Any, writer: BatchWriter, wishes: Sequence[Any]) -> Any:
     kinds = {KINDS[type(wish)] for wish in wishes if type(wish) in KINDS}
-    with _about(kinds):
+    with about(kinds):
         answers = original(writer, wishes)
     for kind in kinds:
         reach(f"after_{kind}_commit")
     return answers
-
-
-def _move(original: Any, *args: Any, **kwargs: Any) -> Any:
-    with _about({"move"}):
-        return original(*args, **kwargs)
-
-
-def _publish(original: Any, orchestrator: WorkflowOrchestrator, publications: Sequence[Any]) -> None:
-    if publications:
-        reach("before_publish")
-    original(orchestrator, publications)
-    if publications:
-        reach("after_publish")
 
 
 def _end(original: Any, *args: Any) -> None:
@@ -136,20 +90,6 @@ def _acknowledge(original: Any, request: Any) -> None:
     if request.name == broker.ASK_SHARD:
         reach("before_ack")
     original(request)
-
-
-@contextmanager
-def _about(kinds: set[str]) -> Generator[None]:
-    _here.kinds = kinds
-    try:
-        yield
-    finally:
-        _here.kinds = set()
-
-
-def _before_commit(_connection: object) -> None:
-    for kind in getattr(_here, "kinds", ()):
-        reach(f"in_{kind}_commit")
 
 
 def add_deafness(switch: Path) -> None:

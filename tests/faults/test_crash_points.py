@@ -15,7 +15,7 @@ import pytest
 from orchestrator.broker import provider_queue
 from orchestrator.manager import StartedRun
 from tests.engine import Engine, launch_engine
-from tests.faults.faulty_worker import CRASHED
+from tests.faults.crashing import CRASHED
 from tests.packs import SURVEY
 from tests.servers import PostgresServer, wait_until
 
