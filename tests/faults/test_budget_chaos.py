@@ -1,4 +1,4 @@
-"""No order of events overspends a budget: seeded chaos by eight processes, many small runs and a few whole installations.
+"""No order of events overspends a budget: seeded chaos by eight processes, many small runs and two of whole workers.
 
 Every run prints its seed. A watcher reads all budgets again and again while the others claim, settle, fail, fall back
 and die, and at the end the ledger and the budgets must tell the same sums.
