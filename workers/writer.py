@@ -9,7 +9,6 @@ paid for is kept in memory until it is stored. Repeating is safe (see `orchestra
 import asyncio
 import queue
 import threading
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -92,17 +91,18 @@ class BatchWriter:
             first = self._waiting.get()
             if first is None:
                 return
+            # One pause for the whole batch: waking up for every wish would take Python's lock from the loop each time.
+            self._stopping.wait(LINGER_S)
             batch = [first]
-            deadline = time.monotonic() + LINGER_S
-            while len(batch) < MOST_PER_BATCH:
+            while len(batch) < MOST_PER_BATCH and going:
                 try:
-                    following = self._waiting.get(timeout=max(0.0, deadline - time.monotonic()))
+                    following = self._waiting.get_nowait()
                 except queue.Empty:
                     break
                 if following is None:
                     going = False
-                    break
-                batch.append(following)
+                else:
+                    batch.append(following)
             self._write(batch)
 
     def _write(self, batch: Sequence[_Waiting]) -> None:
