@@ -45,7 +45,7 @@ class Answer:
 
     def to_json(self) -> str:
         """The value as compact JSON text."""
-        return json.dumps(self.value, ensure_ascii=False, separators=(",", ":"))
+        return _COMPACT.encode(self.value)
 
 
 class ResultProcessor:
@@ -171,7 +171,7 @@ def _one_object(text: str) -> tuple[Any, bool]:
     """
     stripped = _unfenced(text.strip().removeprefix("\ufeff"))
     try:
-        value = json.loads(stripped, **_STRICT)
+        value = _STRICT.decode(stripped)
     except json.JSONDecodeError:
         value = None
     except RecursionError:
@@ -199,11 +199,10 @@ def _unfenced(text: str) -> str:
 
 
 def _objects_in(text: str) -> Iterator[dict[str, Any]]:
-    decoder = json.JSONDecoder(**_STRICT)
     position = text.find("{")
     while position != -1:
         try:
-            value, position = decoder.raw_decode(text, position)
+            value, position = _STRICT.raw_decode(text, position)
             yield value
         except json.JSONDecodeError as error:
             if _OPENED.match(text, position):
@@ -234,19 +233,17 @@ def _shortened(text: str) -> str:
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    counted = Counter(name for name, _ in pairs)
-    twice = [name for name, count in counted.items() if count > 1]
-    if twice:
-        raise AnswerError(f"the field {twice[0]!r} stands there twice")
-    return dict(pairs)
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        counted = Counter(name for name, _ in pairs)
+        raise AnswerError(f"the field {counted.most_common(1)[0][0]!r} stands there twice")
+    return found
 
 
 _OPENED = re.compile(r'\{\s*"')
-_STRICT: dict[str, Any] = {
-    "parse_constant": _no_constant,
-    "parse_float": _finite,
-    "object_pairs_hook": _unique,
-}
+# Made once: `json.loads` and `json.dumps` with options build a decoder or an encoder for every call.
+_STRICT = json.JSONDecoder(parse_constant=_no_constant, parse_float=_finite, object_pairs_hook=_unique)
+_COMPACT = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
 
 
 def _aggregate(values: Sequence[Any]) -> Any:

@@ -132,11 +132,14 @@ class Endpoint:
         """Ask the address once with query parameters; otherwise as `post`."""
         return await self._send(self._request("GET", self._url.copy_merge_params(parameters), timeout_s), timeout_s)
 
-    def _request(self, method: str, url: httpx.URL, timeout_s: float, body: bytes | None = None) -> httpx.Request:
+    def _request(self, method: str, url: httpx.URL, timeout_s: float, body: bytes = b"") -> httpx.Request:
         # Slightly below the deadline: "could not connect" is worth more to the ledger than "timed out".
         connect_s = min(CONNECT_TIMEOUT_S, timeout_s * 0.9)
         extensions = {"timeout": {"connect": connect_s, "pool": connect_s, "read": None}}
-        request = httpx.Request(method, url, headers=self._headers, content=body, extensions=extensions)
+        # A stream and not content: our headers are complete, so httpx need not search them for what to add.
+        stream = httpx.ByteStream(body)
+        request = httpx.Request(method, url, headers=self._headers, stream=stream, extensions=extensions)
+        request.read()
         # Spares httpx guessing the encoding once per header and request.
         request.headers.encoding = "utf-8"
         return request
