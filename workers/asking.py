@@ -60,12 +60,17 @@ class Gate:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One call with everything that asking it needs."""
+    """One call with everything that asking it needs.
+
+    Attributes:
+        key: of its answer in the cache. Its route is the same until it is put back, and so is the key.
+    """
 
     run: PreparedRun
     kit: StepKit
     call: PendingCall
     prompt: Prompt
+    key: str
 
     def route(self, index: int) -> Route:
         """The route at a place of the fallback chain; the last one if the chain is shorter."""
@@ -100,6 +105,12 @@ class Sent:
     outcome: ChatReply | ProviderError
     latency_ms: int
     worst_nusd: int
+
+
+def job_of(run: PreparedRun, kit: StepKit, call: PendingCall, prompt: Prompt) -> Job:
+    """A call that is to be asked, with the key of its answer."""
+    route = kit.routes[min(call.route_index, len(kit.routes) - 1)]
+    return Job(run, kit, call, prompt, cache_key(kit, route, prompt, call.repeat))
 
 
 def request_of(job: Job, route: Route, asking: Asking) -> ChatRequest:
@@ -141,10 +152,9 @@ def input_tokens(job: Job, asking: Asking) -> int:
     return job.prompt.input_tokens + (estimate_messages(asking.correction) if asking.correction else 0)
 
 
-def text_of(job: Job, asking: Asking) -> CallText:
+def text_of(job: Job) -> CallText:
     """What is kept of the question."""
-    route = job.route(asking.route_index)
-    return CallText(job.prompt.text, cache_key(job.kit, route, job.prompt, job.call.repeat))
+    return CallText(job.prompt.text, job.key)
 
 
 def shares_answers(job: Job) -> bool:
@@ -152,19 +162,12 @@ def shares_answers(job: Job) -> bool:
     return job.kit.step.cache and job.run.spec.cache_ttl_s > 0
 
 
-def key_of(job: Job) -> str:
-    """The key of a call's answer. Its route is the same until it is put back."""
-    route = job.route(job.call.route_index)
-    return cache_key(job.kit, route, job.prompt, job.call.repeat)
-
-
 def cache_entry(job: Job, sent: Sent, answer: Answer, cost: int, reply: ChatReply) -> CacheEntry | None:
     """The answer as equal calls may use it; None where they may not."""
     if not shares_answers(job):
         return None
     kept = CachedAnswer(answer.to_json(), answer.quality, sent.route.provider, reply.model, cost)
-    key = cache_key(job.kit, sent.route, job.prompt, job.call.repeat)
-    return CacheEntry(key, job.prompt.messages_hash, kept.to_json(), float(job.run.spec.cache_ttl_s))
+    return CacheEntry(job.key, job.prompt.messages_hash, kept.to_json(), float(job.run.spec.cache_ttl_s))
 
 
 def correction_of(text: str, problem: str) -> tuple[Message, ...]:
@@ -193,5 +196,5 @@ def claim_of(
         budget_ids=budget_ids,
         price_source="none" if route.price is None else route.price.source,
         held_fence=asking.fence,
-        key=key_of(job) if shares_answers(job) else None,
+        key=job.key if shares_answers(job) else None,
     )

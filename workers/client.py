@@ -10,7 +10,7 @@ nowhere else.
 import asyncio
 import random
 from collections import Counter
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from time import monotonic
 
@@ -32,7 +32,6 @@ from workers.asking import (
     claim_of,
     input_tokens,
     input_upper,
-    key_of,
     request_of,
     shares_answers,
     worst_price,
@@ -51,6 +50,7 @@ PERMIT_PATIENCE_S = 20.0
 """How long one question for a permit may wait before we look up whether the run still runs."""
 CLAIM_AHEAD_S = 0.08
 """A claim is committed this long before the send time: a commit takes about 20 ms, more when the machine is busy."""
+LEASE_CHECK_S = 0.05
 LIMITER_AWAY_S = 1.0
 BUDGET_WAIT_S, BUDGET_WAIT_MOST_S = 0.1, 10.0
 BUDGET_WAITERS = 5
@@ -68,7 +68,7 @@ class LLMClient:
         gates: by provider name.
         may_go_on: whether calls of a run may still be sent by this process.
         stop_run: pauses a run for a reason, with a detail; every other call of it would end the same way.
-        has_lease: returns once this worker surely counts as alive; before that it may not claim.
+        has_lease: whether this worker surely counts as alive; while it may not, it must not claim.
         lease_s: how long a slot at a provider stays taken after this process died.
         budgets: finds the budgets of an attempt.
         note_wait: told what a call is waiting for, for `bound_by`; None when it is waiting no more.
@@ -83,7 +83,7 @@ class LLMClient:
         may_go_on: Callable[[int], bool],
         stop_run: Callable[[int, str, str | None], None],
         note_wait: Callable[[str], None],
-        has_lease: Callable[[], Awaitable[None]],
+        has_lease: Callable[[], bool],
         lease_s: float,
         budgets: BudgetIds,
     ) -> None:
@@ -122,7 +122,7 @@ class LLMClient:
 
     async def _fly(self, job: Job) -> None:
         """Asks, or waits for the answer of an equal call of this process."""
-        key = key_of(job) if shares_answers(job) else None
+        key = job.key if shares_answers(job) else None
         while key is not None and self._flights.is_open(key):
             result = await self._waits.until(job.run.number, self._flights.landed(key))
             if result is not None:
@@ -245,11 +245,11 @@ class LLMClient:
             case Sent():
                 return await self._outcomes.conclude(job, asking, sent)
             case batches.AnsweredMeanwhile(result):
-                self._flights.land(key_of(job), result)
-                await self._take_answer(job, key_of(job), result)
+                self._flights.land(job.key, result)
+                await self._take_answer(job, job.key, result)
                 return None
             case batches.InFlight():
-                return None if await self._await_flight(job, key_of(job)) else asking
+                return None if await self._await_flight(job, job.key) else asking
             case _:
                 return sent
 
@@ -257,7 +257,9 @@ class LLMClient:
         self, job: Job, asking: Asking, gate: Gate, route: Route, request: ChatRequest
     ) -> "Sent | Asking | batches.AnsweredMeanwhile | batches.InFlight | None":
         run = job.run.number
-        budget_ids = await self._waits.until(run, self._budgets.find(job.run, route.provider))
+        budget_ids = self._budgets.known(job.run, route.provider) or await self._waits.until(
+            run, self._budgets.find(job.run, route.provider)
+        )
         if budget_ids is None:
             return asking
         costs = charges.expected(round(input_tokens(job, asking) * INPUT_MARGIN), request.max_output_tokens)
@@ -271,9 +273,7 @@ class LLMClient:
         if isinstance(permit, Refused):
             await self._outcomes.put_off(job, asking, permit)
             return None
-        await self._waits_to_send.until(run, _sleep_until(permit.send_at - CLAIM_AHEAD_S))
-        await self._waits.until(run, self._has_lease())
-        if not self._may_go_on(run) or self._gates[route.provider] is not gate:
+        if not await self._may_claim(run, permit) or self._gates[route.provider] is not gate:
             self._limiter.release_unsent(permit)
             return asking
         request, worst, grant = await self._reserve(job, asking, route, request, budget_ids)
@@ -295,6 +295,15 @@ class LLMClient:
         self._give_back(permit, sent.outcome)
         await self._heed(gate, route, sent.outcome)
         return sent
+
+    async def _may_claim(self, run: int, permit: Permit) -> bool:
+        """Waits until shortly before the send time, and for the lease; False when the run stopped meanwhile."""
+        early_s = permit.send_at - CLAIM_AHEAD_S - asyncio.get_running_loop().time()
+        if early_s > 0:
+            await self._waits_to_send.until(run, asyncio.sleep(early_s))
+        while not self._has_lease() and self._may_go_on(run):
+            await asyncio.sleep(LEASE_CHECK_S)
+        return self._may_go_on(run)
 
     async def _is_due(self, permit: Permit) -> bool:
         """Waits for the send time; False when the permit is void, or nobody can tell."""
@@ -385,9 +394,3 @@ class LLMClient:
         finally:
             self._short_of_money -= 1
         return asking
-
-
-async def _sleep_until(at: float) -> None:
-    wait_s = at - asyncio.get_running_loop().time()
-    if wait_s > 0:
-        await asyncio.sleep(wait_s)

@@ -96,7 +96,7 @@ class Outcomes:
         """Moves a call without an attempt: one that this worker holds, or with `always` one that is pending, too."""
         held = None if asking.fence is None else (asking.fence, self._worker)
         if held is not None or always:
-            await self._writer.close(batches.Closing(job.call.id, end, text_of(job, asking), held))
+            await self._writer.close(batches.Closing(job.call.id, end, text_of(job), held))
 
     async def settle_unsent(self, job: Job, grant: batches.Claimed, refused: Refused | None) -> None:
         """Takes back an attempt that is on record and never left, and puts its call back."""
@@ -133,9 +133,7 @@ class Outcomes:
             return await self._after_bad_answer(job, asking, sent, bad, reply)
         end = CallEnd("completed", result=answer.to_json(), quality_score=answer.quality)
         keep = cache_entry(job, sent, answer, cost, reply)
-        is_stored = await self._writer.settle(
-            self._settlement(job, sent.grant, booked, end, text_of(job, asking), keep)
-        )
+        is_stored = await self._writer.settle(self._settlement(job, sent.grant, booked, end, text_of(job), keep))
         if is_stored and keep is not None:
             self._flights.land(keep.key, keep.result)
         return None
@@ -216,7 +214,7 @@ class Outcomes:
         return None
 
     async def _settle(self, job: Job, asking: Asking, sent: Sent, booked: ledger.Usage, end: CallEnd) -> bool:
-        return await self._writer.settle(self._settlement(job, sent.grant, booked, end, text_of(job, asking)))
+        return await self._writer.settle(self._settlement(job, sent.grant, booked, end, text_of(job)))
 
     def _settlement(
         self,

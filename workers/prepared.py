@@ -183,14 +183,15 @@ class BudgetIds:
 
     async def find(self, run: PreparedRun, provider: str) -> tuple[int, ...]:
         """Ids of the budgets of an attempt that is sent now, ascending; waits while the database is away."""
-        while (found := self._current(run, provider)) is None:
+        while (found := self.known(run, provider)) is None:
             # One look-up for all calls of a shard, which come here at the same time.
             async with self._looking:
-                if self._current(run, provider) is None:
+                if self.known(run, provider) is None:
                     await self._look_up_soon(run, provider)
         return found
 
-    def _current(self, run: PreparedRun, provider: str) -> tuple[int, ...] | None:
+    def known(self, run: PreparedRun, provider: str) -> tuple[int, ...] | None:
+        """The same without waiting; None when they must be looked up."""
         is_today = self._day == _day_of(monotonic() + self._ahead_s)
         return self._known.get((run.number, provider)) if is_today else None
 

@@ -47,8 +47,6 @@ from workers.writer import BatchWriter
 log = structlog.get_logger(__name__)
 T = TypeVar("T")
 
-LEASE_CHECK_S = 0.05
-
 BROKEN_SHARDS = 3
 """Shards in a row that end in an error of ours before their run is paused: one may be an accident of its moment."""
 CONNECTIONS = 12
@@ -299,10 +297,9 @@ class Runtime:
         with self._database.transaction() as connection:
             fleet.free_strays(connection, self.worker_id, strays)
 
-    async def _has_lease(self) -> None:
+    def _has_lease(self) -> bool:
         """A process that slept or could not beat may count as dead; what it claimed then would be freed at once."""
-        while self._loop.time() > self._lease_until and not self._draining:
-            await asyncio.sleep(LEASE_CHECK_S)
+        return self._loop.time() <= self._lease_until
 
     async def _look_once(self) -> None:
         await self._reconciler.look(set(self._at_work))

@@ -16,13 +16,13 @@ import structlog
 from orchestrator import context
 from orchestrator.broker import ShardMessage
 from orchestrator.database import Connection, Database, batches, cache, work
-from orchestrator.database.runs import UNKNOWN_OUTCOME, CallEnd, CallText
+from orchestrator.database.runs import UNKNOWN_OUTCOME, CallEnd
 from orchestrator.database.work import PendingCall, StepAnswers
 from prompts.errors import PromptError
-from workers.asking import Job
+from workers.asking import Job, job_of, text_of
 from workers.cached import CachedAnswer
 from workers.client import LLMClient
-from workers.prepared import PreparedRun, Prompt, StepKit, cache_key
+from workers.prepared import PreparedRun, Prompt, StepKit
 from workers.writer import BatchWriter
 
 log = structlog.get_logger(__name__)
@@ -71,12 +71,6 @@ class _Material:
     totals: Mapping[str, int]
 
 
-@dataclass(frozen=True, slots=True)
-class _ToAsk:
-    call: PendingCall
-    prompt: Prompt
-
-
 async def ask_shard(host: ShardHost, message: ShardMessage) -> None:
     """Asks the open calls of a shard. Safe to run twice, at the same time or later: claims decide who asks.
 
@@ -91,10 +85,10 @@ async def ask_shard(host: ShardHost, message: ShardMessage) -> None:
     material = await asyncio.to_thread(_read, host.database, run, kit, message)
     closings, to_ask = _sort_out(run, kit, material)
     if kit.step.cache and run.spec.cache_ttl_s > 0 and to_ask:
-        cached, to_ask = await asyncio.to_thread(_look_up, host.database, kit, to_ask)
+        cached, to_ask = await asyncio.to_thread(_look_up, host.database, to_ask)
         closings = [*closings, *cached]
     writes = [host.writer.close(closing) for closing in closings]
-    asks = [host.client.send_prompt(Job(run, kit, one.call, one.prompt)) for one in to_ask]
+    asks = [host.client.send_prompt(job) for job in to_ask]
     # All of them end before the shard does, so that nothing goes on which nobody knows of.
     outcomes = await asyncio.gather(*writes, *asks, return_exceptions=True)
     errors = [one for one in outcomes if isinstance(one, BaseException)]
@@ -150,16 +144,16 @@ def _value(run: PreparedRun, answers: StepAnswers) -> Any:
     return run.aggregate(answers.values)
 
 
-def _sort_out(run: PreparedRun, kit: StepKit, material: _Material) -> tuple[list[batches.Closing], list[_ToAsk]]:
+def _sort_out(run: PreparedRun, kit: StepKit, material: _Material) -> tuple[list[batches.Closing], list[Job]]:
     """Decides for every call: end it without asking, ask it, or leave it for another round."""
     closings: list[batches.Closing] = []
-    to_ask: list[_ToAsk] = []
+    to_ask: list[Job] = []
     for call in material.calls:
         decided = _decide(run, kit, material, call)
         if isinstance(decided, CallEnd):
             closings.append(batches.Closing(call.id, decided))
         elif decided is not None:
-            to_ask.append(_ToAsk(call, decided))
+            to_ask.append(job_of(run, kit, call, decided))
     return closings, to_ask
 
 
@@ -210,23 +204,13 @@ def _render(run: PreparedRun, kit: StepKit, values: context.Values) -> CallEnd |
         return CallEnd("failed", error_code="prompt", error_message=str(error))
 
 
-def _look_up(database: Database, kit: StepKit, to_ask: Sequence[_ToAsk]) -> tuple[list[batches.Closing], list[_ToAsk]]:
-    """Answers from the cache what it knows; returns those calls ended, and the calls that must be asked."""
-    keys = {
-        one.call.id: cache_key(
-            kit, kit.routes[min(one.call.route_index, len(kit.routes) - 1)], one.prompt, one.call.repeat
-        )
-        for one in to_ask
-    }
+def _look_up(database: Database, jobs: Sequence[Job]) -> tuple[list[batches.Closing], list[Job]]:
+    """Answers from the cache what it knows; returns those calls ended, and those that must be asked."""
     with database.snapshot() as connection:
-        known = cache.find(connection, keys.values())
-    closings: list[batches.Closing] = []
-    unknown: list[_ToAsk] = []
-    for one in to_ask:
-        key = keys[one.call.id]
-        if key not in known:
-            unknown.append(one)
-            continue
-        kept = CachedAnswer.from_json(known[key])
-        closings.append(batches.Closing(one.call.id, kept.end(), CallText(one.prompt.text, key)))
-    return closings, unknown
+        known = cache.find(connection, [job.key for job in jobs])
+    closings = [
+        batches.Closing(job.call.id, CachedAnswer.from_json(known[job.key]).end(), text_of(job))
+        for job in jobs
+        if job.key in known
+    ]
+    return closings, [job for job in jobs if job.key not in known]
