@@ -133,6 +133,8 @@ class WorkerSettings(_Section):
     lease_s: Seconds = Field(default=16.0, alias="lease_seconds")
     drain_s: Seconds = Field(default=60.0, alias="drain_seconds")
     """How long calls in flight may go on after SIGTERM."""
+    stall_s: Seconds = Field(default=60.0, alias="stall_seconds")
+    """Work that waits and does not move for so long is a stall: it is logged, and healed as far as a worker can."""
     lanes: int = Field(default=4, ge=1, le=1_000)
     """Windows of one run that are in flight."""
     window_size: int = Field(default=1_000, ge=1, le=100_000)

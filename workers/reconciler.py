@@ -8,18 +8,20 @@ once, after a lock that expired, do no harm.
 
 Redis is asked for two things only. A marker key tells whether the broker still has the data it had: when the
 marker is gone (restart without persistence, FLUSHALL), all open windows are published at once. And the lengths of the
-queues tell silence that means a loss from silence that means a long queue.
+queues tell silence that means a loss from silence that means a long queue. When nothing at all moves although messages
+wait, that is a stall: it is logged, and the windows are published again.
 """
 
 import asyncio
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from functools import partial
+from time import monotonic
 
 import structlog
 from redis.asyncio import Redis
 
 from orchestrator import broker
-from orchestrator.database import AnyRow, Database, batches, budgets, fleet, ledger, runs, windows
+from orchestrator.database import AnyRow, Connection, Database, batches, budgets, fleet, intake, ledger, runs, windows
 from orchestrator.database.runs import CallEnd
 from orchestrator.money import usd, usd_or_none
 from orchestrator.orchestration import WorkflowOrchestrator
@@ -38,9 +40,10 @@ LOCK = "reconciler"
 INTERNAL_ERROR = "internal_error"
 """Why a run is paused that a bug of ours, or data of another release, keeps from going on."""
 SILENT_S = 5.0
-"""Silence of an open window, with empty queues and none of its calls held, after which its messages count as lost."""
+"""Silence of an open window, with none of its calls held and no message in its queues, after which its messages count
+as lost."""
 SILENT_BEHIND_QUEUE_S = 600.0
-"""The same while messages are queued: they are probably its own."""
+"""The same while messages wait in its queues: they are probably its own."""
 LOOKS_PER_ROUND = 20
 """Attempts of unknown outcome that one process asks about per heartbeat."""
 LOOK_TIMEOUT_S = 10.0
@@ -146,7 +149,12 @@ class Reconciler:
         self._redis = redis
         self._owner = owner
         self._lock_s = 3 * settings.worker.heartbeat_s
-        self._queues = [settings.queue_prefix + name for name in broker.all_queues(settings.providers)]
+        self._stall_s = settings.worker.stall_s
+        self._began_at = monotonic()
+        self._told: set[int] = set()
+        self._told_runs: set[int] = set()
+        self._prefix = settings.queue_prefix
+        self._queues = broker.all_queues(settings.providers)
         self._marker = f"{settings.queue_prefix}llm-orchestrator:broker-has-its-data"
 
     async def look(self, at_work: Iterable[int]) -> None:
@@ -157,10 +165,10 @@ class Reconciler:
                 for a slow limit is not taken for lost.
         """
         broker_forgot = bool(await self._redis.set(self._marker, "1", nx=True))
-        queued = sum([await self._redis.llen(name) for name in self._queues])
+        queued = {name: await self._redis.llen(self._prefix + name) for name in self._queues}
         await asyncio.to_thread(self._repair, set(at_work), queued, broker_forgot)
 
-    def _repair(self, at_work: set[int], queued: int, broker_forgot: bool) -> None:
+    def _repair(self, at_work: set[int], queued: Mapping[str, int], broker_forgot: bool) -> None:
         with self._database.transaction() as connection:
             windows.note_progress(connection, at_work)
             mine = fleet.take_lock(connection, LOCK, self._owner, self._lock_s)
@@ -178,19 +186,57 @@ class Reconciler:
             log.warning("worker.lost", workers=freed.workers, calls_freed=freed.calls, attempts_unknown=freed.unknown)
             # Shards that it had not begun died with it too, and nobody knows which; a second copy does no harm.
             self._orchestrator.republish()
-        silent_s = SILENT_BEHIND_QUEUE_S if queued else SILENT_S
         with self._database.snapshot() as connection:
-            due = windows.due_or_silent(connection, silent_s)
+            due = windows.due_or_silent(connection, SILENT_S)
+            lost = self._lost(connection, [window for window in due if window.silence_s is not None], queued)
             idle = runs.idle_runs(connection)
+            self._tell_of_producers(connection)
         for window in due:
-            self._tend(window.run, partial(self._orchestrator.close_window, window.id, due=True))
+            if window.silence_s is None or window.id in lost:
+                self._tend(window.run, partial(self._orchestrator.close_window, window.id, due=True))
         for run in idle:
             self._tend(run, partial(self._orchestrator.coordinate_steps, run))
+
+    def _lost(self, connection: Connection, silent: list[AnyRow], queued: Mapping[str, int]) -> set[int]:
+        """Those of the silent windows that must be published again: messages are lost, or nobody takes them."""
+        lost: set[int] = set()
+        stalled: set[int] = set()
+        served = fleet.queues_served(connection) if silent else set[str]()
+        still_s = min(windows.stillness_s(connection), monotonic() - self._began_at) if silent else 0.0
+        for window in silent:
+            providers = windows.providers_waited_for(connection, window.id)
+            needed = {broker.CONTROL_QUEUE, *(broker.provider_queue(name) for name in providers)}
+            waiting = sum(queued.get(name, 0) for name in needed)
+            told = {"run": window.run, "window": window.id, "silent_s": round(window.silence_s, 1)}
+            if not waiting:
+                log.warning("window.silent", **told)
+                lost.add(window.id)
+            elif min(still_s, window.silence_s) >= self._stall_s:
+                stalled.add(window.id)
+                nobody_listens = sorted(needed - served)
+                if window.id not in self._told:
+                    log.error("work.stalled", **told, messages=waiting, nobody_listens=nobody_listens)
+                if not nobody_listens:
+                    lost.add(window.id)
+            elif window.silence_s >= SILENT_BEHIND_QUEUE_S:
+                lost.add(window.id)
+        self._told = stalled
+        return lost
+
+    def _tell_of_producers(self, connection: Connection) -> None:
+        """Says once of a run that its items do not come any more: only whoever has them can go on."""
+        for run in intake.without_producer(connection, self._stall_s):
+            if run.id not in self._told_runs:
+                self._told_runs.add(run.id)
+                log.warning("run.producer_silent", run=run.run_id, hint="repeat its `run` command to store the rest")
 
     def _tend(self, run: int, move: Callable[[], None]) -> None:
         """Moves one run; one that cannot be understood is paused, so that the others are looked after all the same."""
         try:
             move()
+        except OSError as error:
+            # Its result files cannot be written now. It is tried again, and the others do not wait for that.
+            log.warning("run.not_moved", run=run, error=str(error))
         except (LookupError, ValueError) as error:
             log.error("run.not_understood", run=run, error=str(error))
             sources = ("pending", "running")

@@ -132,6 +132,11 @@ class Runtime:
         """Asks a shard and waits for its end; a second copy that arrives while the first is at work steps aside."""
         self.run(self._ask(message))
 
+    @property
+    def loop(self) -> asyncio.AbstractEventLoop:
+        """The loop on which calls are asked."""
+        return self._loop
+
     def note_broken_shard(self, run: int, error: Exception) -> None:
         """Counts shards of a run that ended in an error of ours; the third one pauses the run."""
         self._broken[run] += 1

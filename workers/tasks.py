@@ -7,17 +7,20 @@ away after the last one is done.
 import gc
 import os
 import threading
+from collections.abc import Sequence
 from typing import Any
 
 import structlog
 from celery import Celery
 from celery.signals import worker_init, worker_shutdown, worker_shutting_down
+from redis import Redis
 from redis.exceptions import RedisError
 
 from orchestrator import broker
 from orchestrator.config import ConfigManager
 from orchestrator.database import DatabaseUnavailable
 from workers.runtime import Runtime
+from workers.watchdog import Watchdog
 
 log = structlog.get_logger(__name__)
 
@@ -45,6 +48,7 @@ class _Life:
         self._app = app
         self._config = config
         self._runtime: Runtime | None = None
+        self._watchdog: Watchdog | None = None
 
     def ask_shard(self, version: int, *numbers: Any) -> None:
         """Task: ask one shard."""
@@ -74,21 +78,48 @@ class _Life:
         queues = [str(name) for name in sender.app.amqp.queues.consume_from]
         self._runtime = Runtime(self._config, self._app, queues)
         self._runtime.start()
+        self._watchdog = self._watch(self._runtime, queues)
         _spare_the_collector()
 
     def drain(self, **_: Any) -> None:
         """Signal: the worker was told to stop. What takes too long is ended, so that the shutdown has an end."""
         if self._runtime is None:
             return
+        self._stop_watching()
         self._runtime.stop_claiming()
         grace_s = self._config.settings.worker.drain_s
         threading.Thread(target=self._give_up_after, args=(grace_s,), name="drain", daemon=True).start()
 
     def end(self, **_: Any) -> None:
         """Signal: all tasks are done."""
+        self._stop_watching()
         if self._runtime is not None:
             self._runtime.stop()
             self._runtime = None
+
+    def _watch(self, runtime: Runtime, queues: Sequence[str]) -> Watchdog:
+        settings = self._config.settings
+        return Watchdog(
+            Redis.from_url(settings.redis_url or "", socket_timeout=10, socket_connect_timeout=5),  # pyright: ignore[reportUnknownMemberType]  # its keyword arguments have no types
+            [settings.queue_prefix + name for name in queues],
+            runtime.loop,
+            stall_s=settings.worker.stall_s,
+            every_s=settings.worker.heartbeat_s,
+            give_up=self._leave,
+        )
+
+    def _stop_watching(self) -> None:
+        if self._watchdog is not None:
+            self._watchdog.stop()
+
+    def _leave(self, loop_answers: bool) -> None:
+        """Ends a process that stands still; in good order, if it still can, and for its supervisor to replace."""
+        runtime = self._runtime
+        if runtime is not None and loop_answers:
+            runtime.stop_claiming()
+            runtime.run(runtime.wait_idle(self._config.settings.worker.drain_s))
+            runtime.stop()
+        os._exit(1)
 
     def _give_up_after(self, grace_s: float) -> None:
         runtime = self._runtime

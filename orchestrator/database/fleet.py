@@ -57,6 +57,13 @@ def beat(connection: Connection, worker: str, in_flight: int, bound_by: str | No
     return connection.execute(statement).rowcount == 1
 
 
+def queues_served(connection: Connection) -> set[str]:
+    """The queues on which a live worker listens."""
+    alive = workers.c.heartbeat_at >= NOW - workers.c.lease_seconds
+    served = connection.execute(select(workers.c.queues).where(alive)).scalars()
+    return {queue for queues in served for queue in queues.split(",")}
+
+
 def sign_off(connection: Connection, worker: str) -> Freed:
     """Removes a worker that stops in good order and puts back what it still held."""
     return _free(connection, [worker], lost=False)

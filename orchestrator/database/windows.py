@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
-from sqlalchemy import BigInteger, Connection, and_, bindparam, exists, func, insert, null, or_, select, update
+from sqlalchemy import BigInteger, Connection, and_, bindparam, case, exists, func, insert, null, or_, select, update
 
 from orchestrator.database.engine import NOW, AnyRow
 from orchestrator.database.tables import llm_usage, prompt_executions, windows, workflow_executions
@@ -241,9 +241,11 @@ def note_progress(connection: Connection, window_ids: Iterable[int]) -> None:
 
 
 def due_or_silent(connection: Connection, silent_s: float) -> list[AnyRow]:
-    """Open windows of running runs that are due, or silent for too long, by priority: columns id, run.
+    """Open windows of running runs that are due, or silent for too long, by priority.
 
     A window is silent when nothing of it was published or settled for `silent_s` seconds and none of its calls is held.
+
+    Columns: id, run, and silence_s, how long it has been silent; NULL for a window that is due.
     """
     quiet = and_(
         _windows.wake_at.is_(None),
@@ -251,10 +253,29 @@ def due_or_silent(connection: Connection, silent_s: float) -> list[AnyRow]:
         func.coalesce(_windows.published_at, 0) < NOW - silent_s,
         ~exists().where(_calls.window_id == _windows.id, _calls.status == "running"),
     )
+    progress_at, published_at = func.coalesce(_windows.progress_at, 0), func.coalesce(_windows.published_at, 0)
+    last_at = case((progress_at > published_at, progress_at), else_=published_at)
+    silence_s = case((_windows.wake_at.is_(None), NOW - last_at)).label("silence_s")
     query = (
-        select(_windows.id, _windows.workflow_execution_id.label("run"))
+        select(_windows.id, _windows.workflow_execution_id.label("run"), silence_s)
         .join(workflow_executions, _runs.id == _windows.workflow_execution_id)
         .where(_runs.status == "running", _windows.status == "open", or_(_windows.wake_at <= NOW, quiet))
         .order_by(_runs.priority.desc(), _windows.id)
     )
     return list(connection.execute(query))
+
+
+def providers_waited_for(connection: Connection, window: int) -> set[str]:
+    """The providers that the pending calls of a window are to be asked of."""
+    query = select(_calls.llm_provider).where(_calls.window_id == window, _calls.status == "pending").distinct()
+    return set(connection.execute(query).scalars())
+
+
+def stillness_s(connection: Connection) -> float:
+    """Seconds since anything was settled, or seen at work, in any open window of a running run."""
+    query = (
+        select(NOW - func.coalesce(func.max(_windows.progress_at), 0))
+        .join(workflow_executions, _runs.id == _windows.workflow_execution_id)
+        .where(_runs.status == "running", _windows.status == "open")
+    )
+    return connection.execute(query).scalar_one()

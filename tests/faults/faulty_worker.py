@@ -1,8 +1,9 @@
 """A worker process with a fault in it, started in place of `celery`; the product itself knows nothing of faults.
 
-`CRASH_AT=point:n` ends the process at its n-th passage of a point, as `kill -9` does. Two further faults come and go
-with a file: while the one that `NO_MESSAGES` names exists, the process takes no message from the broker and does
-not notice; while the one that `NO_SPACE` names exists, its SQLite database may not grow.
+`CRASH_AT=point:n` ends the process at its n-th passage of a point, as `kill -9` does. Further faults come and go with a
+file: while the one that `NO_MESSAGES` names exists, the process takes no message from the broker and does not notice;
+while the one that `NO_LOOP` names exists, its event loop hangs; while the one that `NO_SPACE` names exists, its SQLite
+database may not grow.
 
 The points, in the order in which a call passes them, beside those in `tests.faults.crashing`:
 
@@ -21,6 +22,7 @@ The points, in the order in which a call passes them, beside those in `tests.fau
 """
 
 import os
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -102,6 +104,17 @@ def add_deafness(switch: Path) -> None:
     wrap(Channel, "_brpop_start", begin_to_wait)
 
 
+def add_hanging_loop(switch: Path) -> None:
+    """What runs on the event loop does not come back, as a library call that blocks."""
+
+    async def look(original: Any, *args: Any) -> None:
+        while switch.exists():
+            threading.Event().wait(0.05)
+        await original(*args)
+
+    wrap(Runtime, "_look_once", look)
+
+
 def add_full_disk(switch: Path) -> None:
     """SQLite itself refuses to grow, with the error of a full disk."""
 
@@ -115,6 +128,8 @@ if __name__ == "__main__":
     add_crash_points()
     if "NO_MESSAGES" in _environment:
         add_deafness(Path(_environment["NO_MESSAGES"]))
+    if "NO_LOOP" in _environment:
+        add_hanging_loop(Path(_environment["NO_LOOP"]))
     if "NO_SPACE" in _environment:
         add_full_disk(Path(_environment["NO_SPACE"]))
     main()

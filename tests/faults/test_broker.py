@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from orchestrator.broker import CONTROL_QUEUE
 from tests.engine import Engine, launch_engine
 from tests.packs import ONE, SURVEY
 from tests.servers import wait_until
@@ -101,16 +102,22 @@ def test_emptying_the_broker_is_a_delay_and_not_a_loss() -> None:
 
 
 def test_messages_that_are_lost_before_delivery_are_published_again() -> None:
+    """Also while messages of others wait in queues on which nobody listens."""
     with launch_engine(workers=0) as engine:
+        other = engine.start_run(30, ONE, provider="spare")
         run = engine.start_run(30, ONE)
         with engine.redis() as redis:
             assert redis.llen(QUEUE) > 0
             redis.delete(QUEUE)
             redis.set("llm-orchestrator:broker-has-its-data", "1")
-        engine.start_worker()
+        engine.start_worker([CONTROL_QUEUE, QUEUE])
         began = time.monotonic()
         assert engine.wait(run)["calls"]["completed"] == 30
+        assert "window.silent" in engine.logs()
+        engine.start_worker()
+        assert engine.wait(other)["calls"]["completed"] == 30
         engine.check(run)
+        engine.check(other)
         print(f"lost messages: made up for after {time.monotonic() - began:.1f} s")
 
 
