@@ -1,6 +1,6 @@
 """Measures the scenarios, prints a table for each, and writes JSON when asked.
 
-`python -m benchmarks [A B C] [--rounds N] [--json FILE]`
+`python -m benchmarks [A B C D E] [--rounds N] [--json FILE]`
 """
 
 import argparse
@@ -8,15 +8,20 @@ import json
 import statistics
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from benchmarks import killing, limiter
 from benchmarks.measuring import Measured, fake_provider, measure
 from benchmarks.scenarios import LABELS, SCENARIOS, Metric, Scenario, item_text
 from orchestrator.declaration import read_workflow
+from orchestrator.logs import Logger
 from orchestrator.workflow import WORKFLOW_FILE, object_schema
+
+OTHERS: Mapping[str, Callable[[int], tuple[str, Any]]] = {"D": limiter.report, "E": killing.report}
+"""Scenarios with several workers, and yardsticks of their own: the table over so many rounds, and all numbers."""
 
 PACK = Path(__file__).parent / "pack"
 MODEL = "bench-model"
@@ -30,17 +35,24 @@ TOO_SHORT_TO_SEE = 0.01
 def main() -> None:
     """Runs the chosen scenarios; exits with 1 when a run lost calls or asked something else than the yardstick."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Measure the product against its aims")
-    names = [one.name for one in SCENARIOS]
+    names = [*(one.name for one in SCENARIOS), *OTHERS]
     parser.add_argument("scenarios", nargs="*", metavar="NAME", help=f"{', '.join(names)}; all by default")
     parser.add_argument("--rounds", type=int, default=3, help="runs of each; the median counts (default 3)")
     parser.add_argument("--json", type=Path, help="file for the numbers of every run")
     given = parser.parse_args()
-    chosen = [one for one in SCENARIOS if not given.scenarios or one.name in given.scenarios]
+    wanted = given.scenarios or names
+    if strangers := set(wanted) - set(names):
+        parser.error(f"no scenario is called {', '.join(sorted(strangers))}")
+    chosen = [one for one in SCENARIOS if one.name in wanted]
     results: dict[str, Any] = {}
     for scenario in chosen:
         pairs = [_round(scenario) for _ in range(given.rounds)]
         print(_table(scenario, pairs), flush=True)
         results[scenario.name] = [{"product": _plain(ours), "plain": _plain(plain)} for ours, plain in pairs]
+    Logger.init("warning")
+    for name in (one for one in OTHERS if one in wanted):
+        table, results[name] = OTHERS[name](given.rounds)
+        print(table, flush=True)
     if given.json:
         given.json.write_text(json.dumps(results, indent=1), encoding="utf-8")
 
