@@ -244,6 +244,25 @@ class TestShrinking:
 
         assert asyncio.run(scenario()) == [1.0, 1.0, 0.8, 0.8]
 
+    @pytest.mark.parametrize(
+        ("pause_s", "sending_s", "expected"),
+        [(30.0, 5.0, [1.0, 1.0, 0.8]), (1.0, 5.0, [1.0, 1.0, 0.8]), (1.0, 35.0, [1.0, 1.0, 1.0])],
+    )
+    def test_refusals_of_what_was_on_its_way_together_are_one(self, valkey, pause_s, sending_s, expected):
+        """A burst that came late is refused twenty times and says nothing about the limit; pauses are no sending."""
+
+        async def scenario(limiters: list[Limiter]) -> list[float]:
+            shares = []
+            with SyncRedis.from_url(valkey.url) as client:
+                for _ in expected:
+                    await asyncio.gather(*(limiters[n % 2].penalise(MODEL, pause_s) for n in range(20)))
+                    shares.append(float(client.hget(limiters[0]._bucket.keys(MODEL)[0], "f")))
+                    # A pause lasts up to a tenth longer.
+                    await asyncio.sleep(1.1 * pause_s + sending_s)
+            return shares
+
+        assert run_virtually(valkey, scenario, processes=2) == expected
+
     def test_a_pool_that_was_cut_sends_less_and_recovers_by_the_minute(self, valkey):
         async def scenario() -> list[int]:
             client = Redis.from_url(valkey.url)

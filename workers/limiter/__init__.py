@@ -256,8 +256,9 @@ class Limiter:
         state.not_before_at = max(state.not_before_at, now_s() + wait_s)
         moment_us, share = await self._bucket.penalise(pool, wait_s, state.ttl_s + wait_s, now_s)
         state.learn_not_before(moment_us)
-        if share < 1:
+        if share < state.share:
             log.warning("limiter.slowed_down", pool=pool.key, share=share)
+        state.share = share
 
     async def flush(self) -> None:
         """Wait until every settlement so far is written or has failed once more.

@@ -39,6 +39,7 @@ class PoolState:
         leases: live permit ids and the end of their lease on Redis's clock.
         seen: what the provider said about its limits when it answered a permit's request, until that is settled.
         batch: how many requests to ask for next, at most.
+        share: what refusals left of the limits, as last reported in the log.
         smaller: limits of the provider that are smaller than ours, as last reported in the log.
     """
 
@@ -52,6 +53,7 @@ class PoolState:
     refresher: asyncio.Task[None] | None = None
     leases: dict[str, int] = field(default_factory=lambda: dict[str, int]())
     seen: dict[str, Mapping[str, Sighting]] = field(default_factory=lambda: dict[str, Mapping[str, Sighting]]())
+    share: float = 1.0
     smaller: dict[str, int] = field(default_factory=lambda: dict[str, int]())
     memory: Memory = field(default_factory=Memory)
     not_before_us: int = 0
