@@ -4,7 +4,9 @@ from orchestrator.broker import make_app
 from orchestrator.config import ConfigManager
 from orchestrator.logs import Logger
 from workers.tasks import register
+from workers.transport import install
 
+install()
 config = ConfigManager()
 settings = config.settings
 Logger.init(settings.logging.level, settings.logging.format)
