@@ -16,7 +16,7 @@ from celery import Celery
 from kombu.exceptions import OperationalError
 
 from orchestrator import broker, planning
-from orchestrator.database import AnyRow, Connection, Database, audit, intake, reports, runs, windows, work
+from orchestrator.database import AnyRow, Connection, Database, audit, budgets, intake, reports, runs, windows, work
 from orchestrator.database.audit import Change
 from orchestrator.judging.ranking import Scored, rank
 from orchestrator.planning import OpenCall, Segment
@@ -121,16 +121,28 @@ class WorkflowOrchestrator:
         *,
         sources: Sequence[runs.RunStatus],
         detail: str | None = None,
+        refused: tuple[str, int] | None = None,
     ) -> bool:
         """Moves a run to another status if it is in one of the `sources`; cancelling ends its pending calls.
 
         What people ask for is in `orchestrator.control`; this is for what the machinery finds out by itself.
+
+        Args:
+            run: its number.
+            to: the new status.
+            reason: why, a code; None where the status says it all.
+            sources: the statuses that it may come from.
+            detail: more about the reason; None for nothing.
+            refused: the budget that is the reason, by scope, and its limit when it refused, nano-USD. Under another
+                limit it is no reason any more: a worker may tell this after somebody let the run go on with more.
 
         Returns:
             Whether it moved. Workers notice within a heartbeat.
         """
         with self._database.transaction() as connection:
             row = runs.lock_run(connection, run)
+            if refused is not None and budgets.find_budget(connection, refused[0]).limit_nusd != refused[1]:
+                return False
             moved = runs.move_run(connection, run, to, reason, sources=sources, detail=detail)
             if moved and to == "cancelled":
                 runs.cancel_calls(connection, run)

@@ -39,7 +39,7 @@ from workers.asking import (
 from workers.cached import CachedAnswer
 from workers.flights import Flights
 from workers.limiter import Limiter, LimiterUnavailable, Permit, Refused
-from workers.outcomes import LONG_WAIT_S, Outcomes, track_usage
+from workers.outcomes import LONG_WAIT_S, Outcomes, StopRun, track_usage
 from workers.prepared import BudgetIds, StepKit
 from workers.waits import Waits
 from workers.writer import BatchWriter
@@ -81,7 +81,7 @@ class LLMClient:
         limiter: Limiter,
         gates: Mapping[str, Gate],
         may_go_on: Callable[[int], bool],
-        stop_run: Callable[[int, str, str | None], None],
+        stop_run: StopRun,
         note_wait: Callable[[str], None],
         has_lease: Callable[[], bool],
         lease_s: float,
@@ -383,7 +383,7 @@ class LLMClient:
             return None
         self._note_wait("budget")
         if answer.for_good:
-            await self._outcomes.run_out(job, asking, answer.scope)
+            await self._outcomes.run_out(job, asking, answer)
             return None
         # What is in flight will settle for less than its worst price, and then this call may fit. The more calls wait,
         # the longer each of them does: few of them fit at a time.

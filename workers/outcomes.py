@@ -6,9 +6,9 @@ and what follows from it is decided in `workers.retry`; this module carries it o
 
 import asyncio
 import random
-from collections.abc import Callable
 from dataclasses import replace
 from time import monotonic
+from typing import Protocol
 
 from orchestrator.database import batches, budgets, ledger
 from orchestrator.database.cache import CacheEntry
@@ -48,6 +48,18 @@ def track_usage(route: Route, request: ChatRequest, reply: ChatReply) -> tuple[U
     return usage, booked_cost(route, reply, usage)
 
 
+class StopRun(Protocol):
+    """Pauses a run for a reason, with a detail.
+
+    When a budget is the reason, the detail is its scope, and the limit that refused comes with it: under another limit,
+    the run goes on.
+    """
+
+    def __call__(self, run: int, reason: str, detail: str | None = None, limit_nusd: int | None = None) -> None:
+        """Returns at once; the pause follows. Safe to repeat."""
+        ...
+
+
 class Outcomes:
     """Concludes attempts for one worker process; every method runs on its loop.
 
@@ -56,7 +68,7 @@ class Outcomes:
         writer: where settlements go.
         waits: pauses between attempts, which end when a run or the process stops.
         flights: told the answers that equal calls of this process wait for.
-        stop_run: pauses a run for a reason, with a detail.
+        stop_run: pauses a run.
     """
 
     def __init__(
@@ -65,7 +77,7 @@ class Outcomes:
         writer: BatchWriter,
         waits: Waits,
         flights: Flights,
-        stop_run: Callable[[int, str, str | None], None],
+        stop_run: StopRun,
     ) -> None:
         self._worker = worker
         self._writer = writer
@@ -73,16 +85,16 @@ class Outcomes:
         self._flights = flights
         self._stop_run = stop_run
 
-    async def run_out(self, job: Job, asking: Asking, scope: str) -> None:
+    async def run_out(self, job: Job, asking: Asking, refusal: batches.OverBudget) -> None:
         """Goes on at another provider when only this one's budget is used up; stops the run otherwise."""
         here, index = job.route(asking.route_index).provider, asking.route_index + 1
         following = job.kit.routes[index] if index < len(job.kit.routes) else None
-        if following is not None and following.provider != here and scope == budgets.provider_scope(here):
+        if following is not None and following.provider != here and refusal.scope == budgets.provider_scope(here):
             place = (index, following.provider, following.model)
             await self.release(job, asking, CallEnd("pending", error_code="budget", route=place), always=True)
             return
         await self.release(job, asking, CallEnd("pending", error_code="budget"))
-        self._stop_run(job.run.number, "budget", scope)
+        self._stop_run(job.run.number, "budget", refusal.scope, refusal.limit_nusd)
 
     async def put_off(self, job: Job, asking: Asking, refused: Refused) -> None:
         """Puts a call back until its request may be sent, or fails it when the provider would never take it."""

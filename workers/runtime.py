@@ -245,19 +245,20 @@ class Runtime:
     def _note_wait(self, reason: str) -> None:
         self._waits[reason] += 1
 
-    def _stop_run(self, run: int, reason: str, detail: str | None = None) -> None:
+    def _stop_run(self, run: int, reason: str, detail: str | None = None, limit_nusd: int | None = None) -> None:
         if run in self._halted:
             return
         self._halted.add(run)
         self._client.end_waits(run)
         log.warning("run.stopped", run=run, reason=reason, detail=detail)
-        task = self._loop.create_task(self._pause(run, reason, detail))
+        task = self._loop.create_task(self._pause(run, reason, detail, limit_nusd))
         self._pausing.add(task)
         task.add_done_callback(self._pausing.discard)
 
-    async def _pause(self, run: int, reason: str, detail: str | None) -> None:
+    async def _pause(self, run: int, reason: str, detail: str | None, limit_nusd: int | None) -> None:
+        refused = None if detail is None or limit_nusd is None else (detail, limit_nusd)
         await asyncio.to_thread(
-            self.orchestrator.manage_state, run, "paused", reason, sources=("running",), detail=detail
+            self.orchestrator.manage_state, run, "paused", reason, sources=("running",), detail=detail, refused=refused
         )
         await asyncio.to_thread(warn_of_budgets, self._database)
 

@@ -4,6 +4,7 @@ import random
 from threading import Event, Thread
 
 import pytest
+from celery import Celery
 from sqlalchemy import select, update
 from sqlalchemy.exc import IntegrityError
 
@@ -13,6 +14,7 @@ from orchestrator.database.budgets import GLOBAL_SCOPE
 from orchestrator.database.ledger import Usage
 from orchestrator.database.runs import CallEnd
 from orchestrator.database.tables import budgets as budget_rows
+from orchestrator.orchestration import WorkflowOrchestrator
 from tests.integration.database.stage import Stage
 
 
@@ -192,3 +194,31 @@ def test_no_number_of_workers_overspends(database: Database):
     assert 600 <= money.spent_nusd <= 1_000
     assert money.reserved_nusd == 0
     stage.check_books()
+
+
+class TestPausing:
+    """A worker that was refused tells so in a transaction of its own, when the limit may have changed already."""
+
+    def pause(self, stage: Stage, refusal: OverBudget) -> bool:
+        orchestrator = WorkflowOrchestrator(stage.database, Celery(broker="memory://"))
+        told = {"detail": refusal.scope, "refused": (refusal.scope, refusal.limit_nusd)}
+        return orchestrator.manage_state(stage.run, "paused", "budget", sources=("running",), **told)
+
+    def refusal(self, stage: Stage) -> OverBudget:
+        stage.set_limit(50)
+        (answer,) = stage.claim(stage.wish(0, worst=100))
+        assert isinstance(answer, OverBudget)
+        return answer
+
+    def test_a_refusal_pauses_the_run_while_its_limit_stands(self, stage: Stage):
+        refusal = self.refusal(stage)
+        assert self.pause(stage, refusal)
+        assert not self.pause(stage, refusal)
+
+    def test_a_refusal_under_an_earlier_limit_pauses_nothing(self, stage: Stage):
+        refusal = self.refusal(stage)
+        stage.set_limit(500)
+        assert not self.pause(stage, refusal)
+        stage.set_limit(None)
+        assert not self.pause(stage, refusal)
+        assert stage.claim(stage.wish(0, worst=100)) == [Claimed(1, 1)]
