@@ -6,10 +6,14 @@ import pytest
 import structlog
 
 
+def say_nothing() -> None:
+    """No log lines: there would be a hundred thousand."""
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(50), cache_logger_on_first_use=False)
+
+
 @pytest.fixture(autouse=True)
 def quiet() -> Iterator[None]:
-    """No log lines: there would be a hundred thousand."""
     before = structlog.get_config()
-    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(50), cache_logger_on_first_use=False)
+    say_nothing()
     yield
     structlog.configure(**before)

@@ -3,34 +3,59 @@
 A failing simulation names its seed; `SIMULATION_SEED=<seed>` repeats it and nothing else.
 """
 
+import multiprocessing
 import os
-from collections import Counter
+from collections import Counter, deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from itertools import count
 from random import Random
 
 import pytest
 
-from tests.simulation.world import World
+from tests.simulation.conftest import say_nothing
+from tests.simulation.world import Report, World
 
 STEPS = 100_000
 FIRST_SEED = 0
 
 
+def simulate(seed: int) -> Report:
+    """One world from its beginning to its end."""
+    return World(seed).run()
+
+
+def reports() -> Iterator[Report]:
+    """Worlds of one seed after the other, as many at a time as there are processors; in the order of their seeds."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    at_once = os.cpu_count() or 1
+    with ProcessPoolExecutor(at_once, mp_context=context, initializer=say_nothing) as pool:
+        begun = deque[Future[Report]]()
+        for seed in count(FIRST_SEED):
+            begun.append(pool.submit(simulate, seed))
+            if len(begun) > at_once:
+                yield begun.popleft().result()
+
+
 @pytest.mark.timeout(1800)
-def test_promises_hold_whatever_happens():
+def test_promises_hold_whatever_happens(capsys: pytest.CaptureFixture[str]):
     wanted = os.environ.get("SIMULATION_SEED")  # noqa: TID251 - how a person asks for one simulation
     if wanted is not None:
-        print(World(int(wanted)).run())
+        print(simulate(int(wanted)))
         return
-    seed, steps, runs, counts, ends = FIRST_SEED, 0, 0, Counter[str](), Counter[str]()
-    while steps < STEPS:
-        report = World(seed).run()
-        steps, runs, seed = steps + report.steps, runs + report.runs, seed + 1
+    steps, runs, counts, ends, last = 0, 0, Counter[str](), Counter[str](), FIRST_SEED
+    for report in reports():
+        steps, runs, last = steps + report.steps, runs + report.runs, report.seed
         counts += report.counts
         ends += report.ends
-    print(f"seeds {FIRST_SEED} to {seed - 1}: {steps} steps, {runs} runs, {dict(ends)}")
-    print(", ".join(f"{kind} {count}" for kind, count in counts.most_common()))
+        if steps >= STEPS:
+            break
+    with capsys.disabled():
+        print(f"\nsimulated seeds {FIRST_SEED} to {last}: {steps} steps, {runs} runs, {dict(ends)}")
+    print(", ".join(f"{kind} {number}" for kind, number in counts.most_common()))
     least = {"kill": 100, "stop": 100, "forget": 50, "message duplicated": 50, "lost answer of a commit": 50}
-    assert not {kind: counts[kind] for kind, count in least.items() if counts[kind] < count}
+    assert not {kind: counts[kind] for kind, number in least.items() if counts[kind] < number}
 
 
 def test_a_seed_says_everything():
