@@ -78,7 +78,6 @@ class TcpProxy:
         self.lost_commits = 0
         self.connections = 0
         self._wanted: list[tuple[bytes, ...]] = []
-        self._is_cut = False
         self._writers: set[asyncio.StreamWriter] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self._loop = asyncio.new_event_loop()
@@ -116,15 +115,16 @@ class TcpProxy:
         asyncio.run_coroutine_threadsafe(work, self._loop).result(ANSWER_S)
 
     async def _cut(self) -> None:
-        self._is_cut = True
+        self._server.close()
         self._end_connections()
 
     async def _stall(self) -> None:
         self._moving.clear()
 
     async def _heal(self) -> None:
-        self._is_cut = False
         self._moving.set()
+        if not self._server.is_serving():
+            self._server = await asyncio.start_server(self._accept, "127.0.0.1", self.port)
 
     async def _close(self) -> None:
         self._server.close()
@@ -155,8 +155,6 @@ class TcpProxy:
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await self._moving.wait()
-        if self._is_cut:
-            return
         if isinstance(self.target, Path):
             to_reader, to_writer = await asyncio.open_unix_connection(self.target)
         else:

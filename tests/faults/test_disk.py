@@ -18,17 +18,18 @@ FULL = "database or disk is full"
 
 def test_a_full_disk_is_a_pause_that_says_so() -> None:
     providers = {"main": {"concurrency": 20}}
-    with launch_engine(providers=providers, fakes={"main": {"latency_s": 0.1}}, workers=0) as engine:
+    with launch_engine(providers=providers, fakes={"main": {"latency_s": 1.0}}, workers=0) as engine:
         no_space = engine.home / "no-space"
         worker = engine.start_worker(module="tests.faults.faulty_worker", NO_SPACE=str(no_space))
         run = engine.start_run(CALLS, ONE)
-        engine.wait_received(40)
+        engine.wait_received(20)
         no_space.touch()
         wait_until(lambda: FULL in worker.log(), 30)
         wait_until(lambda: engine.fake.provider.in_flight == 0, 10)
         sent = engine.fake.provider.number
         assert sent < CALLS
         assert engine.status(run)["status"] == "running"
+        engine.fake.control(latency_s=0.0)
         no_space.unlink()
         assert engine.wait(run)["calls"]["completed"] == CALLS
         # Answers that came while there was no room for them were kept.

@@ -1,7 +1,7 @@
 """A network that breaks between a worker and the database, the broker, or a provider.
 
-One worker reaches all three through proxies of ours (`tests.fakes.tcp_proxy`). Requests are held at the provider, so
-that the fault comes while calls are in flight, and it ends when the test has seen what it does.
+One worker reaches all three through proxies of ours (`tests.fakes.tcp_proxy`). What is asked of the provider is held,
+so that every fault comes while calls are in flight, however slow the machine is, and ends when it was seen.
 """
 
 from collections.abc import Iterator
@@ -17,7 +17,8 @@ from tests.packs import ONE, SURVEY, Pack
 from tests.servers import PostgresServer, wait_until
 
 CONCURRENCY = 10
-CALLS = 60
+CALLS = 30
+LATENCY_S = 0.1
 IMPATIENT = Pack(ONE.workflow.replace("timeout_s = 20", "timeout_s = 1"), ONE.templates, calls_per_item=1)
 
 
@@ -30,19 +31,22 @@ class Network:
     redis: TcpProxy
     provider: TcpProxy
 
-    def start(self, pack: Pack = ONE, salt: str = "") -> StartedRun:
-        """Begins a run and returns while calls of it are in flight."""
-        fake = self.engine.fake.provider
-        before = fake.number
+    def start(self, salt: str, pack: Pack = ONE) -> StartedRun:
+        """Begins a run and returns when as many calls as may be are in flight; none is answered before `let_answer`."""
+        self.provider.stall()
         run = self.engine.start_run(CALLS, pack, salt=salt)
-        wait_until(lambda: fake.number > before + CALLS // 4 and fake.in_flight >= 3, 30)
+        wait_until(lambda: self.engine.status(run)["attempts"]["sent"] == CONCURRENCY, 30)
         return run
 
-    def wait_idle(self) -> int:
-        """Waits until no call is in flight any more; returns how many requests there have been."""
+    def let_answer(self) -> None:
+        """Lets the calls in flight be answered; shows that none other is sent."""
         fake = self.engine.fake.provider
-        wait_until(lambda: fake.in_flight == 0, 20)
-        return fake.number
+        before = fake.number
+        self.provider.heal()
+        wait_until(lambda: fake.number == before + CONCURRENCY and fake.in_flight == 0, 20)
+        # Half a second of answers were enough for more, if anything let them leave.
+        with pytest.raises(TimeoutError):
+            wait_until(lambda: fake.number > before + CONCURRENCY, 0.5)
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +63,7 @@ def network(postgres_server: PostgresServer) -> Iterator[Network]:
                 providers={
                     "main": {"concurrency": CONCURRENCY, "base_url": f"http://127.0.0.1:{provider.port}/v1"},
                 },
-                fakes={"main": {"latency_s": 0.2}},
+                fakes={"main": {"latency_s": LATENCY_S}},
                 settings={"worker": {"shard_size": 10}},
                 workers=0,
             )
@@ -97,21 +101,20 @@ def test_a_commit_whose_reply_is_lost_is_neither_lost_nor_made_twice(
 
 @pytest.mark.parametrize("fault", ["cut", "stall"])
 def test_a_worker_without_its_database_sends_nothing_and_keeps_its_answers(network: Network, fault: str) -> None:
-    run = network.start(salt=f"database {fault}")
+    run = network.start(f"database {fault}")
     getattr(network.postgres, fault)()
-    sent = network.wait_idle()
-    assert network.engine.status(run)["calls"]["completed"] < CALLS
+    network.let_answer()
+    assert network.engine.status(run)["calls"]["completed"] == 0
     network.postgres.heal()
     assert network.engine.wait(run)["calls"]["completed"] == CALLS
-    assert network.engine.fake.provider.number > sent
     assert network.engine.check(run).attempts == {"ok": CALLS}
 
 
 def test_a_worker_whose_database_was_silent_for_longer_than_its_lease_goes_on(network: Network) -> None:
     """Nobody else is there who could have taken it for dead, and it must not do so itself."""
-    run = network.start(salt="database silent")
+    run = network.start("database silent")
     network.postgres.stall()
-    network.wait_idle()
+    network.let_answer()
     dead = "SELECT count(*) FROM workers WHERE heartbeat_at < EXTRACT(epoch FROM clock_timestamp()) - lease_seconds"
     wait_until(lambda: network.engine.rows(dead)[0][0] == 1, 20)
     network.postgres.heal()
@@ -121,28 +124,32 @@ def test_a_worker_whose_database_was_silent_for_longer_than_its_lease_goes_on(ne
 
 @pytest.mark.parametrize("fault", ["cut", "stall"])
 def test_a_worker_without_its_broker_sends_nothing_and_goes_on_afterwards(network: Network, fault: str) -> None:
-    run = network.start(salt=f"broker {fault}")
+    run = network.start(f"broker {fault}")
     getattr(network.redis, fault)()
-    sent = network.wait_idle()
-    assert network.engine.status(run)["calls"]["completed"] < CALLS
+    network.let_answer()
+    wait_until(lambda: network.engine.status(run)["calls"]["completed"] == CONCURRENCY)
     network.redis.heal()
     assert network.engine.wait(run)["calls"]["completed"] == CALLS
-    assert network.engine.fake.provider.number > sent
     assert network.engine.check(run).attempts == {"ok": CALLS}
 
 
 def test_calls_that_are_cut_off_their_provider_are_booked_and_asked_again(network: Network) -> None:
-    run = network.start(salt="provider cut")
+    fake = network.engine.fake
+    fake.control(latency_s=3.0)
+    run = network.engine.start_run(CALLS, ONE, salt="provider cut")
+    wait_until(lambda: fake.provider.in_flight == CONCURRENCY, 30)
     network.provider.cut()
+    fake.control(latency_s=LATENCY_S)
     network.provider.heal()
     assert network.engine.wait(run)["calls"]["completed"] == CALLS
+    # It had got all of them; and who was refused meanwhile had sent nothing.
     history = network.engine.check(run, unknown=CONCURRENCY, repeats=CONCURRENCY)
-    assert 0 < history.repeated <= history.attempts["unknown"]
+    assert (history.attempts["unknown"], history.repeated) == (CONCURRENCY, CONCURRENCY)
+    wait_until(lambda: fake.provider.in_flight == 0)
 
 
 def test_calls_that_a_provider_never_answers_end_by_their_deadline(network: Network) -> None:
-    run = network.start(IMPATIENT, salt="provider stall")
-    network.provider.stall()
+    run = network.start("provider stall", IMPATIENT)
     wait_until(lambda: network.engine.status(run)["attempts"]["unknown"] > 0, 20)
     network.provider.heal()
     assert network.engine.wait(run)["calls"]["completed"] == CALLS

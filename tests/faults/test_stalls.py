@@ -16,7 +16,7 @@ CALLS = 40
 def impatient() -> Iterator[Engine]:
     """An installation that takes two seconds for a stall, without workers."""
     settings = {"worker": {"stall_seconds": STALL_S, "window_size": 10, "lanes": 1, "shard_size": 5}}
-    with launch_engine(settings=settings, fakes={"main": {"latency_s": 0.1}}, workers=0) as engine:
+    with launch_engine(settings=settings, workers=0) as engine:
         yield engine
 
 
@@ -35,6 +35,8 @@ def test_a_worker_that_stands_still_says_so_and_is_replaced(
     switch = impatient.home / fault
     worker = impatient.start_worker(module="tests.faults.faulty_worker", **{fault: str(switch)})
     before = impatient.fake.provider.number
+    # One window after the other, a second each: there is work left when the fault comes.
+    impatient.fake.control(latency_s=1.0)
     run = impatient.start_run(CALLS, ONE, salt=fault)
     impatient.wait_received(before + CALLS // 4)
     switch.touch()
@@ -43,6 +45,7 @@ def test_a_worker_that_stands_still_says_so_and_is_replaced(
     assert "worker.stalled" in worker.log()
     assert reason in worker.log()
     assert impatient.status(run)["status"] == "running"
+    impatient.fake.control(latency_s=0.0)
     successor = impatient.start_worker()
     assert impatient.wait(run)["calls"]["completed"] == CALLS
     impatient.check(run, unknown=unknown, repeats=unknown)
