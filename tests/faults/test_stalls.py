@@ -1,6 +1,7 @@
 """Workers that live, beat and do nothing: they notice, say so, and make room for another one."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -33,7 +34,8 @@ def test_a_worker_that_stands_still_says_so_and_is_replaced(
     impatient: Engine, fault: str, reason: str, unknown: int
 ) -> None:
     switch = impatient.home / fault
-    worker = impatient.start_worker(module="tests.faults.faulty_worker", **{fault: str(switch)})
+    environment: dict[str, Any] = {fault: str(switch)}
+    worker = impatient.start_worker(module="tests.faults.faulty_worker", **environment)
     before = impatient.fake.provider.number
     # One window after the other, a second each: there is work left when the fault comes.
     impatient.fake.control(latency_s=1.0)
