@@ -47,12 +47,12 @@ class Looked:
             "w1",
             cast("Any", settings),
         )
-        self._reconciler._began_at -= 10 * STALL_S
+        self._reconciler._began_at -= 10 * STALL_S  # pyright: ignore[reportPrivateUsage]
 
     def events(self, **queued: int) -> list[str]:
         """Looks once while so many messages wait; returns what was logged."""
         with capture_logs() as logs:
-            self._reconciler._repair(set(), {"control": 0, QUEUE: queued.get("messages", 0)}, False)
+            self._reconciler._repair(set(), {"control": 0, QUEUE: queued.get("messages", 0)}, False)  # pyright: ignore[reportPrivateUsage]
         return [entry["event"] for entry in logs]
 
 
