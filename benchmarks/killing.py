@@ -22,7 +22,7 @@ class Survived:
 
     Attributes:
         lost: calls that are not completed at the end.
-        at_death: calls of the dead worker that were at the provider, as the ledger has them.
+        at_death: attempts of the dead worker that were on record as sent; the last of them had not left yet.
         repeated: requests beyond one for each call.
         done_s: from the kill to the end of the run.
         last_answer_s: from the kill to the last answer of the provider.
@@ -43,7 +43,7 @@ def report(rounds: int) -> tuple[str, Any]:
         f"what a crash costs us (median of {rounds})",
         tables.HEAD,
         tables.line("calls lost", _each(found, "lost"), 0, digits=0),
-        tables.line("at the provider when it died", _each(found, "at_death"), digits=0),
+        tables.line("on record as sent when it died", _each(found, "at_death"), digits=0),
         tables.line(
             "asked again beyond those",
             [max(0, one.repeated - one.at_death) for one in found],

@@ -23,7 +23,7 @@ LINGER_S = 0.002
 # Refunds of other processes can free room earlier than the last answer said.
 MAX_RECHECK_S = 1.0
 # Shares of the horizon: room for several permits gathers while the reserved ones are still ahead of us.
-RECHECK_SHARES = (0.15, 0.5)
+RECHECK_SHARES = (0.25, 0.5)
 SMALL_BATCH = 8
 CONCURRENCY_POLL_S = (0.02, 0.05)
 SHARE_POLL_S = (0.04, 0.1)
