@@ -135,6 +135,42 @@ class TestStrictServers:
             assert fixed_window(sent, units, 60.0, phase) == 0
             assert token_bucket(sent, units, 60.0, capacity) == 0
 
+    @settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+    @given(
+        processes=st.sampled_from([1, 3]),
+        rpms=st.tuples(st.integers(30, 400), st.integers(30, 400)),
+        account=st.integers(60, 500),
+        late_s=st.floats(0.0, 0.1),
+        took_s=st.floats(0.0, 2.0),
+        phase=st.floats(0, 1),
+        seed=st.integers(0, 10_000),
+    )
+    def test_nor_would_one_that_counts_models_and_the_account(
+        self, valkey, processes, rpms, account, late_s, took_s, phase, seed
+    ):
+        """Two runs at two models of one account."""
+        bursts = tuple(max(5, rpm // 10) for rpm in rpms)
+        wider = [(ACCOUNT, PoolLimits(rpm=account, rpm_burst=max(5, account // 10)))]
+
+        async def scenario(limiters: list[Limiter]) -> list[list[Sending]]:
+            crowds = [
+                Crowd(limiters, 30, PoolLimits(rpm=rpm, rpm_burst=burst), f"run{place}", pool, wider)
+                for place, (rpm, burst, pool) in enumerate(zip(rpms, bursts, (SMALL, LARGE), strict=True))
+            ]
+            for crowd in crowds:
+                crowd.late_s, crowd.took_s = late_s, took_s
+            await asyncio.gather(*(crowd.send(70.0) for crowd in crowds))
+            return [crowd.sendings() for crowd in crowds]
+
+        small, large = run_virtually(valkey, scenario, processes=processes, seed=seed)
+        limits = ((small, rpms[0], bursts[0]), (large, rpms[1], bursts[1]), (small + large, account, account // 10))
+        for sent, units, burst in limits:
+            assert sliding_log(sent, units, 60.0) == 0
+            assert fixed_window(sent, units, 60.0, phase) == 0
+            assert token_bucket(sent, units, 60.0, max(5, burst)) == 0
+        # Whatever binds is used: the account, or what both models may do.
+        assert len(small + large) >= 0.93 * min(account, sum(rpms)) * 70 / 60
+
 
 @dataclass(frozen=True)
 class Shared:
