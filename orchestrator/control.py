@@ -32,6 +32,8 @@ from orchestrator.runspec import RunSpec
 
 _PHASES = ("items", "reduce", "finish")
 MOST_PRIORITY = 1_000_000
+BY_USER = "user"
+"""Why a run is paused or cancelled that a person paused or cancelled."""
 BUDGET_KINDS = ("workflow:", "provider:", "day:")
 
 
@@ -66,8 +68,11 @@ class RunControl:
         self._actor = actor
 
     def pause(self, run: int) -> bool:
-        """Pauses a run that is to run; False if it was not. Calls in flight may still settle."""
-        return self._move(run, "run.pause", "paused", ("pending", "running"))
+        """Pauses a run that is to run; False if it was not. Calls in flight may still settle.
+
+        A run that something else paused, such as the budget of a day, waits for a person from now on.
+        """
+        return self._move(run, "run.pause", "paused", ("pending", "running", "paused"))
 
     def cancel(self, run: int) -> bool:
         """Ends a run for good; False if it had ended already. Its finished answers stay."""
@@ -167,7 +172,10 @@ class RunControl:
     def _move(self, run: int, action: str, to: runs.RunStatus, sources: tuple[runs.RunStatus, ...]) -> bool:
         with self._database.transaction() as connection:
             row = runs.lock_run(connection, run)
-            moved = runs.move_run(connection, run, to, None if to == "running" else "user", sources=sources)
+            reason = None if to == "running" else BY_USER
+            if (row.status, row.reason) == (to, reason):
+                return False
+            moved = runs.move_run(connection, run, to, reason, sources=sources)
             if moved:
                 if to == "cancelled":
                     runs.cancel_calls(connection, run)

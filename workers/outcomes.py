@@ -94,7 +94,7 @@ class Outcomes:
             await self.release(job, asking, CallEnd("pending", error_code="budget", route=place), always=True)
             return
         await self.release(job, asking, CallEnd("pending", error_code="budget"))
-        self._stop_run(job.run.number, "budget", refusal.scope, refusal.limit_nusd)
+        self._stop_run(job.run.number, budgets.REASON, refusal.scope, refusal.limit_nusd)
 
     async def put_off(self, job: Job, asking: Asking, refused: Refused) -> None:
         """Puts a call back until its request may be sent, or fails it when the provider would never take it."""

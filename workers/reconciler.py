@@ -21,7 +21,19 @@ import structlog
 from redis.asyncio import Redis
 
 from orchestrator import broker
-from orchestrator.database import AnyRow, Connection, Database, batches, budgets, fleet, intake, ledger, runs, windows
+from orchestrator.database import (
+    AnyRow,
+    Connection,
+    Database,
+    batches,
+    budgets,
+    fleet,
+    intake,
+    ledger,
+    reports,
+    runs,
+    windows,
+)
 from orchestrator.database.runs import CallEnd
 from orchestrator.money import usd, usd_or_none
 from orchestrator.orchestration import WorkflowOrchestrator
@@ -180,6 +192,7 @@ class Reconciler:
         if not mine:
             return
         warn_of_budgets(self._database)
+        self._begin_day()
         with self._database.transaction() as connection:
             freed = fleet.free_dead(connection, self._owner)
         if freed.workers:
@@ -196,6 +209,14 @@ class Reconciler:
                 self._tend(window.run, partial(self._orchestrator.close_window, window.id, due=True))
         for run in idle:
             self._tend(run, partial(self._orchestrator.coordinate_steps, run))
+
+    def _begin_day(self) -> None:
+        """Lets runs go on that were paused for the budget of a day which is over."""
+        with self._database.snapshot() as connection:
+            waiting = budgets.runs_of_past_days(connection, reports.clock(connection))
+        for run in waiting:
+            log.info("run.day_began", run=run)
+            self._tend(run, partial(self._orchestrator.manage_state, run, "running", None, sources=("paused",)))
 
     def _lost(self, connection: Connection, silent: list[AnyRow], queued: Mapping[str, int]) -> set[int]:
         """Those of the silent windows that must be published again: messages are lost, or nobody takes them."""
@@ -230,7 +251,7 @@ class Reconciler:
                 self._told_runs.add(run.id)
                 log.warning("run.producer_silent", run=run.run_id, hint="repeat its `run` command to store the rest")
 
-    def _tend(self, run: int, move: Callable[[], None]) -> None:
+    def _tend(self, run: int, move: Callable[[], object]) -> None:
         """Moves one run; one that cannot be understood is paused, so that the others are looked after all the same."""
         try:
             move()

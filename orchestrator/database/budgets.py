@@ -19,10 +19,12 @@ from sqlalchemy import BigInteger, Connection, bindparam, case, select, update
 from sqlalchemy.dialects import postgresql, sqlite
 
 from orchestrator.database.engine import NOW, AnyRow
-from orchestrator.database.tables import budgets
+from orchestrator.database.tables import budgets, workflow_executions
 
 GLOBAL_SCOPE = "global"
 DAY_SCOPES = "day:"
+REASON = "budget"
+"""Why a run is paused whose next attempt fits into a budget no more; the detail is the scope."""
 WARN_SHARE = (4, 5)
 """Share of a limit, as a fraction of integers, from which a warning is given."""
 
@@ -165,6 +167,14 @@ def book(connection: Connection, deltas: Mapping[int, tuple[int, int, int]]) -> 
     keys = ("budget", "reserved", "spent", "excess")
     if deltas:
         connection.execute(_BOOK, [dict(zip(keys, (id_, *deltas[id_]), strict=True)) for id_ in sorted(deltas)])
+
+
+def runs_of_past_days(connection: Connection, now_s: float) -> list[int]:
+    """Runs that were paused for the budget of a day which is over, by their numbers."""
+    run = workflow_executions.c
+    past = run.reason_detail.startswith(DAY_SCOPES) & (run.reason_detail < day_scope(now_s))
+    query = select(run.id).where(run.status == "paused", run.reason == REASON, past).order_by(run.id)
+    return list(connection.execute(query).scalars())
 
 
 def _create(connection: Connection, scope: str, limit_nusd: int | None, configured_nusd: int | None = None) -> None:

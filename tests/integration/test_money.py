@@ -5,6 +5,7 @@ from decimal import Decimal
 from typing import Any
 
 import pytest
+from sqlalchemy import text
 
 from orchestrator.manager import StartedRun
 from tests.engine import Engine, launch_engine
@@ -63,6 +64,22 @@ def test_a_limit_in_the_configuration_pauses_runs_and_is_named(
         assert status["budgets"][0]["scope"] == status["reason_detail"]
         assert 190_000_000 <= _budget(engine, status["reason_detail"]).spent_nusd <= 200_000_000
         engine.check(run, ended=False)
+
+
+def test_a_run_that_paused_for_its_day_goes_on_when_the_day_is_over() -> None:
+    with launch_engine(settings={"global": {"daily_cost_limit_usd": 0.03}}) as engine:
+        runs = [engine.start_run(30, ONE, salt=name) for name in ("goes on", "is held")]
+        for run in runs:
+            assert _wait_paused(engine, run)["reason"] == "budget"
+        assert engine.manager.pause(runs[1].run_id)
+        assert not engine.manager.pause(runs[1].run_id)
+        engine.manager.set_budget("day", None)
+        # To these runs, today is tomorrow.
+        with engine.manager.database.transaction() as connection:
+            connection.execute(text("UPDATE workflow_executions SET reason_detail = 'day:2026-01-01'"))
+        assert engine.wait(runs[0])["status"] == "completed"
+        engine.check(runs[0])
+        assert (engine.status(runs[1])["status"], engine.status(runs[1])["reason"]) == ("paused", "user")
 
 
 def test_calls_go_on_at_the_next_provider_when_the_budget_of_one_is_used_up() -> None:
