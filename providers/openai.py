@@ -42,7 +42,7 @@ _NOT_STRICT = {
     "minLength", "minProperties", "not", "oneOf", "patternProperties", "propertyNames", "then", "unevaluatedItems",
     "unevaluatedProperties", "uniqueItems",
 }  # fmt: skip
-_MAX_REMEMBERED_SCHEMAS = 64
+_MAX_REMEMBERED_BODIES = 64
 _ATTEMPT = "attempt"
 """Name of the attempt id in the metadata of a stored completion."""
 _MAX_COUNT = 10**12
@@ -91,7 +91,7 @@ class OpenAIProvider:
         self._name = settings.name
         self._options = _options_of(settings)
         self._key = settings.api_key
-        self._schemas: dict[int, tuple[Mapping[str, object], dict[str, object]]] = {}
+        self._written: dict[tuple[object, ...], tuple[Mapping[str, object] | None, str]] = {}
         if not settings.base_url:
             raise ValueError(f"provider '{settings.name}': base_url is missing")
         headers = {"content-type": "application/json", **self._options.extra_headers}
@@ -108,8 +108,7 @@ class OpenAIProvider:
 
     async def send(self, request: ChatRequest) -> ChatReply:
         """Send once; see `Provider.send`."""
-        body = json.dumps(self._payload(request)).encode("ascii")
-        reply = await self._endpoint.post(body, request.timeout_s, request.attempt_id)
+        reply = await self._endpoint.post(self._body(request), request.timeout_s, request.attempt_id)
         if reply.status != 200:
             raise error_of(self._name, reply.status, reply.headers, reply.body, self._secret())
         return self._read(request, reply)
@@ -141,53 +140,65 @@ class OpenAIProvider:
     def _secret(self) -> str:
         return "" if self._key is None else self._key.get_secret_value()
 
-    def _payload(self, request: ChatRequest) -> dict[str, object]:
-        options = self._options
-        model = find_model(options.catalog or self._name, request.model)
-        payload = dict(options.extra_body)
-        payload["model"] = request.model
-        payload[(model and model.cap_field) or options.cap_field] = request.max_output_tokens
-        if request.temperature is not None and self._may_sample(model):
-            payload["temperature"] = request.temperature
-        if request.seed is not None and options.send_seed:
-            payload["seed"] = request.seed
-        if options.reasoning_effort is not None:
-            payload["reasoning_effort"] = options.reasoning_effort
-        if options.store is not None:
-            payload["store"] = options.store
-        if options.store and request.attempt_id:
-            payload["metadata"] = {
-                **cast("Mapping[str, str]", payload.get("metadata", {})),
-                _ATTEMPT: request.attempt_id,
-            }
-        mode = (model and model.json_mode) or options.json_mode
+    def _body(self, request: ChatRequest) -> bytes:
+        """The request as JSON; what all calls of a step have in common, the schema above all, is written once."""
+        model = find_model(self._options.catalog or self._name, request.model)
         messages = request.messages
-        if request.answer_schema is not None:
-            if mode == "json_schema":
-                payload["response_format"] = self._response_format(request.answer_schema)
-            else:
-                messages = _with_schema(messages, request.answer_schema)
-            if mode == "json_object":
-                payload["response_format"] = {"type": "json_object"}
-        payload["messages"] = _wire_messages(messages, (model and model.system_role) or options.system_role)
-        return payload
+        if request.answer_schema is not None and self._json_mode(model) != "json_schema":
+            messages = _with_schema(messages, request.answer_schema)
+        role = (model and model.system_role) or self._options.system_role
+        own: dict[str, object] = {"messages": _wire_messages(messages, role)}
+        if self._tells_attempt(request):
+            given = cast("Mapping[str, str]", self._options.extra_body.get("metadata", {}))
+            own["metadata"] = {**given, _ATTEMPT: request.attempt_id}
+        return f"{self._common(request, model)}, {json.dumps(own)[1:]}".encode("ascii")
+
+    def _common(self, request: ChatRequest, model: ModelEntry | None) -> str:
+        """What a request shares with others of its step, without the closing brace; remembered by what shapes it."""
+        schema = request.answer_schema
+        shaping = (request.model, request.max_output_tokens, request.temperature, request.seed)
+        place = (*shaping, id(schema), self._tells_attempt(request))
+        known = self._written.get(place)
+        if known is not None and known[0] is schema:
+            return known[1]
+        found = json.dumps(self._fields(request, model))[:-1]
+        if len(self._written) >= _MAX_REMEMBERED_BODIES:
+            self._written.clear()
+        self._written[place] = (schema, found)
+        return found
+
+    def _fields(self, request: ChatRequest, model: ModelEntry | None) -> dict[str, object]:
+        options = self._options
+        # What each request has of its own must not stand there twice.
+        own = ("messages", "metadata") if self._tells_attempt(request) else ("messages",)
+        fields = {name: value for name, value in options.extra_body.items() if name not in own}
+        fields["model"] = request.model
+        fields[(model and model.cap_field) or options.cap_field] = request.max_output_tokens
+        if request.temperature is not None and self._may_sample(model):
+            fields["temperature"] = request.temperature
+        if request.seed is not None and options.send_seed:
+            fields["seed"] = request.seed
+        if options.reasoning_effort is not None:
+            fields["reasoning_effort"] = options.reasoning_effort
+        if options.store is not None:
+            fields["store"] = options.store
+        mode = "none" if request.answer_schema is None else self._json_mode(model)
+        if mode == "json_schema":
+            fields["response_format"] = _response_format(request.answer_schema)
+        elif mode == "json_object":
+            fields["response_format"] = {"type": "json_object"}
+        return fields
+
+    def _tells_attempt(self, request: ChatRequest) -> bool:
+        return bool(self._options.store and request.attempt_id)
+
+    def _json_mode(self, model: ModelEntry | None) -> str:
+        return (model and model.json_mode) or self._options.json_mode
 
     def _may_sample(self, model: ModelEntry | None) -> bool:
         rule = self._options.sampling if model is None else model.sampling
         effort = self._options.reasoning_effort or (model and model.default_effort)
         return rule == "yes" or (rule == "without_reasoning" and effort == "none")
-
-    def _response_format(self, schema: Mapping[str, object]) -> dict[str, object]:
-        """Wrap a schema; remembered per object, since all calls of a step share one."""
-        known = self._schemas.get(id(schema))
-        if known is not None and known[0] is schema:
-            return known[1]
-        wrapped: dict[str, object] = {"name": "answer", "strict": is_strict(schema), "schema": schema}
-        found: dict[str, object] = {"type": "json_schema", "json_schema": wrapped}
-        if len(self._schemas) >= _MAX_REMEMBERED_SCHEMAS:
-            self._schemas.clear()
-        self._schemas[id(schema)] = (schema, found)
-        return found
 
     def _read(self, request: ChatRequest, reply: HttpReply) -> ChatReply:
         body = self._decoded(reply)
@@ -247,6 +258,11 @@ class OpenAIProvider:
             request_id=reply.headers.get("x-request-id"),
             usage=usage,
         )
+
+
+def _response_format(schema: object) -> dict[str, object]:
+    wrapped = {"name": "answer", "strict": is_strict(schema), "schema": schema}
+    return {"type": "json_schema", "json_schema": wrapped}
 
 
 def is_strict(schema: object) -> bool:
