@@ -41,9 +41,6 @@ from sqlalchemy.types import TypeEngine
 AnyRow = Row[*tuple[Any, ...]]
 """A row of a query whose columns are named in the docstring of the function that returns it."""
 SQLITE_BUSY_MS = 30_000
-SQLITE_CHECKPOINT_PAGES = 4_000
-"""A commit is safe once it is in the log. Copying the log into the file waits for the disk twice more, and falls to
-whoever commits when the log is this long: 16 MB instead of SQLite's 4, filled twice a second by 1,000 calls."""
 POSTGRES_OPTIONS = "-c statement_timeout=60000 -c lock_timeout=30000 -c idle_in_transaction_session_timeout=60000"
 
 
@@ -128,7 +125,6 @@ def _open_sqlite(url: URL, pool_size: int) -> Engine:
         cursor = connection.cursor()
         _use_wal(cursor)
         cursor.execute("PRAGMA synchronous=FULL")
-        cursor.execute(f"PRAGMA wal_autocheckpoint={SQLITE_CHECKPOINT_PAGES}")
         cursor.execute("PRAGMA foreign_keys=ON")
         cursor.execute(f"PRAGMA busy_timeout={SQLITE_BUSY_MS}")
         cursor.close()
