@@ -76,7 +76,8 @@ class TcpProxy:
         self.target = target
         self._is_postgres = is_postgres
         self.lost_commits = 0
-        self.connections = 0
+        self.held = 0
+        """Clients that have something to say and are held back."""
         self._wanted: list[tuple[bytes, ...]] = []
         self._writers: set[asyncio.StreamWriter] = set()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -154,13 +155,12 @@ class TcpProxy:
                 writer.transport.abort()
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        await self._moving.wait()
+        await self._hold_back()
         if isinstance(self.target, Path):
             to_reader, to_writer = await asyncio.open_unix_connection(self.target)
         else:
             assert self.target is not None, "the proxy has no target"
             to_reader, to_writer = await asyncio.open_connection(*self.target)
-        self.connections += 1
         self._writers.add(to_writer)
         link = _Link()
         back = asyncio.ensure_future(self._carry_back(to_reader, writer, link))
@@ -172,10 +172,17 @@ class TcpProxy:
             to_writer.transport.abort()
             await asyncio.gather(back, return_exceptions=True)
 
+    async def _hold_back(self) -> None:
+        self.held += 1
+        try:
+            await self._moving.wait()
+        finally:
+            self.held -= 1
+
     async def _carry_there(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, link: _Link) -> None:
         watch = CommitWatch() if self._is_postgres else None
         while data := await reader.read(CHUNK):
-            await self._moving.wait()
+            await self._hold_back()
             if watch is not None and self._is_wanted(watch.commits(data)):
                 link.loses_reply = True
             writer.write(data)
