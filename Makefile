@@ -21,8 +21,9 @@ help:
 demo: runtime
 	$(BIN)/llm-orchestrator run project_selection --provider simulator
 
+# Most tests wait for something, so two processes take little more than half the time; a file stays in one of them.
 test: development
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 check: development
 	$(BIN)/ruff format --check .

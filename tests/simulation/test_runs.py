@@ -6,7 +6,7 @@ A failing simulation names its seed; `SIMULATION_SEED=<seed>` repeats it and not
 import multiprocessing
 import os
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from itertools import count
 from random import Random
@@ -39,7 +39,7 @@ def reports() -> Iterator[Report]:
 
 
 @pytest.mark.timeout(1800)
-def test_promises_hold_whatever_happens(capsys: pytest.CaptureFixture[str]):
+def test_promises_hold_whatever_happens(record_property: Callable[[str, object], None]):
     wanted = os.environ.get("SIMULATION_SEED")  # noqa: TID251 - how a person asks for one simulation
     if wanted is not None:
         print(simulate(int(wanted)))
@@ -51,8 +51,7 @@ def test_promises_hold_whatever_happens(capsys: pytest.CaptureFixture[str]):
         ends += report.ends
         if steps >= STEPS:
             break
-    with capsys.disabled():
-        print(f"\nsimulated seeds {FIRST_SEED} to {last}: {steps} steps, {runs} runs, {dict(ends)}")
+    record_property("told", f"simulated seeds {FIRST_SEED} to {last}: {steps} steps, {runs} runs, {dict(ends)}")
     print(", ".join(f"{kind} {number}" for kind, number in counts.most_common()))
     least = {"kill": 100, "stop": 100, "forget": 50, "message duplicated": 50, "lost answer of a commit": 50}
     assert not {kind: counts[kind] for kind, number in least.items() if counts[kind] < number}
