@@ -70,7 +70,7 @@ class RunControl:
     def pause(self, run: int) -> bool:
         """Pauses a run that is to run; False if it was not. Calls in flight may still settle.
 
-        A run that something else paused, such as the budget of a day, waits for a person from now on.
+        A run that the budget of a day has paused would go on by itself: from now on it waits for a person.
         """
         return self._move(run, "run.pause", "paused", ("pending", "running", "paused"))
 
@@ -172,9 +172,9 @@ class RunControl:
     def _move(self, run: int, action: str, to: runs.RunStatus, sources: tuple[runs.RunStatus, ...]) -> bool:
         with self._database.transaction() as connection:
             row = runs.lock_run(connection, run)
-            reason = None if to == "running" else BY_USER
-            if (row.status, row.reason) == (to, reason):
+            if row.status == to and not budgets.waits_for_a_day(row):
                 return False
+            reason = None if to == "running" else BY_USER
             moved = runs.move_run(connection, run, to, reason, sources=sources)
             if moved:
                 if to == "cancelled":

@@ -169,6 +169,11 @@ def book(connection: Connection, deltas: Mapping[int, tuple[int, int, int]]) -> 
         connection.execute(_BOOK, [dict(zip(keys, (id_, *deltas[id_]), strict=True)) for id_ in sorted(deltas)])
 
 
+def waits_for_a_day(run: AnyRow) -> bool:
+    """Whether a run is paused for the budget of a day, so that it goes on by itself."""
+    return run.status == "paused" and run.reason == REASON and (run.reason_detail or "").startswith(DAY_SCOPES)
+
+
 def runs_of_past_days(connection: Connection, now_s: float) -> list[int]:
     """Runs that were paused for the budget of a day which is over, by their numbers."""
     run = workflow_executions.c
