@@ -9,7 +9,7 @@ from typing import Any
 from benchmarks import tables
 from orchestrator.local import LOCAL_HEARTBEAT_S, LOCAL_LEASE_S
 from orchestrator.settings import WorkerSettings
-from tests.engine import Engine, Worker, launch_engine
+from tests.engine import launch_engine
 from tests.packs import ONE
 
 CALLS, IN_FLIGHT, LATENCY_S = 600, 50, 0.5
@@ -88,11 +88,11 @@ def run_with_a_death(heartbeat_s: float, lease_s: float) -> Survived:
     ) as engine:
         run = engine.start_run(CALLS, ONE)
         engine.wait_received(CALLS // 3)
-        dying = max(engine.workers, key=lambda worker: _on_record(engine, worker))
+        dying = max(engine.workers, key=lambda worker: worker.on_record(engine))
         killed_at = time.monotonic()
         dying.signal(signal.SIGKILL)
         dying.process.wait(10)
-        at_death = _on_record(engine, dying)
+        at_death = dying.on_record(engine)
         status = engine.wait(run, timeout_s=120.0)
         done_s = time.monotonic() - killed_at
         # How many is what the table tells.
@@ -106,9 +106,3 @@ def run_with_a_death(heartbeat_s: float, lease_s: float) -> Survived:
             done_s=done_s,
             last_answer_s=log.answered[-1].mono - killed_at,
         )
-
-
-def _on_record(engine: Engine, worker: Worker) -> int:
-    """Attempts of a worker that are on record as sent."""
-    query = "SELECT count(*) FROM llm_usage WHERE status = 'sent' AND worker_id LIKE :worker"
-    return engine.rows(query, worker=f"%:{worker.pid}:%")[0][0]

@@ -72,10 +72,18 @@ class Worker:
     def log(self) -> str:
         return self.log_file.read_text("utf-8", errors="replace")
 
+    def on_record(self, engine: "Engine") -> int:
+        """Attempts of it that are on record as sent.
+
+        The first of them may be answered and not settled, and the last may not have left: they may be a few more than
+        can be in flight.
+        """
+        query = "SELECT count(*) FROM llm_usage WHERE status = 'sent' AND worker_id LIKE :worker"
+        return engine.rows(query, worker=f"%:{self.pid}:%")[0][0]
+
     def has_in_flight(self, engine: "Engine", calls: int = 5) -> bool:
         """Whether so many of its calls are at a provider now."""
-        query = "SELECT count(*) FROM llm_usage WHERE status = 'sent' AND worker_id LIKE :worker"
-        return engine.rows(query, worker=f"%:{self.pid}:%")[0][0] >= calls
+        return self.on_record(engine) >= calls
 
     def has_started(self) -> bool:
         assert self.is_alive(), f"the worker ended early:\n{self.log()[-3000:]}"

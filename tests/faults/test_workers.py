@@ -54,9 +54,10 @@ def test_a_killed_worker_loses_no_call_while_another_lives() -> None:
         wait_until(lambda: engine.workers[0].has_in_flight(engine))
         killed_at = time.monotonic()
         engine.workers[0].kill9()
+        at_death = engine.workers[0].on_record(engine)
         status = engine.wait(run)
         assert status["calls"]["completed"] == 400
-        history = engine.check(run, unknown=CONCURRENCY, repeats=CONCURRENCY)
+        history = engine.check(run, unknown=at_death, repeats=at_death)
         assert history.attempts["unknown"] > 0
         assert history.repeated <= history.attempts["unknown"]
         took_s = _asked_again_after(engine, killed_at)
@@ -71,10 +72,11 @@ def test_a_killed_worker_is_replaced() -> None:
         wait_until(lambda: engine.workers[0].has_in_flight(engine))
         killed_at = time.monotonic()
         engine.workers[0].kill9()
+        at_death = engine.workers[0].on_record(engine)
         engine.start_worker()
         status = engine.wait(run)
         assert status["calls"]["completed"] == 200
-        history = engine.check(run, unknown=CONCURRENCY, repeats=CONCURRENCY)
+        history = engine.check(run, unknown=at_death, repeats=at_death)
         assert 0 < history.repeated <= history.attempts["unknown"]
         took_s = _asked_again_after(engine, killed_at)
         print(f"kill -9 and another worker: {history.attempts['unknown']} unknown, asked again after {took_s:.1f} s")
@@ -88,6 +90,7 @@ def test_a_worker_that_was_taken_for_dead_cannot_overwrite_its_successor() -> No
         wait_until(lambda: engine.workers[0].has_in_flight(engine))
         zombie = engine.workers[0]
         wait_until(lambda: _is_stopped_outside_a_transaction(engine, zombie), 20)
+        at_stop = zombie.on_record(engine)
         assert engine.wait(run)["calls"]["completed"] == 300
         answers = engine.rows("SELECT id, result, fence FROM prompt_executions ORDER BY id")
         zombie.signal(signal.SIGCONT)
@@ -96,7 +99,7 @@ def test_a_worker_that_was_taken_for_dead_cannot_overwrite_its_successor() -> No
         wait_until(lambda: engine.status(run)["attempts"]["stale"] > 0, 10)
         wait_until(lambda: engine.status(run)["attempts"]["sent"] == 0, 10)
         assert engine.rows("SELECT id, result, fence FROM prompt_executions ORDER BY id") == answers
-        history = engine.check(run, unknown=CONCURRENCY, stale=CONCURRENCY, repeats=CONCURRENCY)
+        history = engine.check(run, unknown=at_stop, stale=at_stop, repeats=at_stop)
         print(f"SIGSTOP beyond the lease: {dict(history.attempts)}")
         again = engine.start_run(40, ONE, salt="afterwards")
         assert engine.wait(again)["status"] == "completed"
