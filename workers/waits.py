@@ -15,13 +15,14 @@ class Waits:
     """The open waits of one event loop, by run."""
 
     def __init__(self) -> None:
-        self._open: dict[int, set[asyncio.Timeout]] = {}
+        # Ordered, so that calls go back in the order in which they began to wait, and a simulation can be repeated.
+        self._open: dict[int, dict[asyncio.Timeout, None]] = {}
 
     async def until(self, run: int, awaitable: Awaitable[T]) -> T | None:
         """The result of an awaitable; None when the wait was ended, and then the awaitable was cancelled."""
         patience = asyncio.timeout(None)
-        waiting = self._open.setdefault(run, set())
-        waiting.add(patience)
+        waiting = self._open.setdefault(run, {})
+        waiting[patience] = None
         try:
             async with patience:
                 return await awaitable
@@ -30,7 +31,7 @@ class Waits:
                 raise
             return None
         finally:
-            waiting.discard(patience)
+            waiting.pop(patience, None)
             if not waiting:
                 self._open.pop(run, None)
 
@@ -38,5 +39,5 @@ class Waits:
         """Ends the waits of a run, or all of them. Waits that begin later are not touched."""
         runs = list(self._open) if run is None else [run]
         for one in runs:
-            for patience in self._open.pop(one, set()):
+            for patience in self._open.pop(one, {}):
                 patience.reschedule(asyncio.get_running_loop().time())

@@ -53,6 +53,6 @@ class VirtualLoop(asyncio.BaseEventLoop):
         task: asyncio.Task[Any] = asyncio.Task(coro, loop=loop, **options)
         actor = ACTOR.get()
         if actor is not None:
-            actor.tasks.add(task)
-            task.add_done_callback(actor.tasks.discard)
+            actor.tasks[task] = None
+            task.add_done_callback(actor.tasks.pop)
         return task

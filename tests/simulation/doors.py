@@ -16,6 +16,7 @@ from redis.exceptions import ConnectionError as RedisAway
 import workers.client
 import workers.outcomes
 import workers.prepared
+import workers.reconciler
 import workers.runtime
 from orchestrator import broker
 from orchestrator.broker import ShardMessage
@@ -292,6 +293,7 @@ def doors_of(world: "World") -> Any:
         patch.setattr(workers.client, "monotonic", world.loop.time)
         patch.setattr(workers.outcomes, "monotonic", world.loop.time)
         patch.setattr(workers.prepared, "monotonic", world.loop.time)
+        patch.setattr(workers.reconciler, "monotonic", world.loop.time)
         patch.setattr(workers.runtime, "Redis", redis)
         patch.setattr(workers.runtime, "Limiter", of_process(FakeLimiter))
         patch.setattr(workers.runtime, "Database", lambda *_: ACTOR.get().database)

@@ -36,7 +36,8 @@ class Process:
     def __init__(self, world: "World", name: str) -> None:
         self.world = world
         self.name = name
-        self.tasks: set[asyncio.Task[Any]] = set()
+        # A set would be in the order of addresses, which is another one every time.
+        self.tasks: dict[asyncio.Task[Any], None] = {}
         self.is_dead = False
         self.is_stopped = False
         self.is_starting = False
