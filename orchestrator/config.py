@@ -31,7 +31,7 @@ from orchestrator.config_layers import (
 )
 from orchestrator.errors import ConfigError, EnvironmentNotReady, OrchestratorError, Problem, did_you_mean
 from orchestrator.provider_configs import ProvidersBuilt, build_providers, is_key_problem, shown_settings
-from orchestrator.provider_keys import is_vendor_key
+from orchestrator.provider_keys import KEY_MISSING, is_vendor_key
 from orchestrator.settings import ConfigDocument, LLMProviderConfig, Settings
 from orchestrator.toml_source import dotted
 from providers.catalog import load_catalog
@@ -243,7 +243,7 @@ class ConfigManager:
             return ConfigError(Problem("config.provider-disabled", f"provider {wanted!r} is disabled", place))
         if row and row.key_required and row.key_env:
             hint = f"export {row.key_env}, or put it in .env"
-            return EnvironmentNotReady(Problem("key.missing", f"provider {wanted!r} needs a key", row.key_env, hint))
+            return EnvironmentNotReady(Problem(KEY_MISSING, f"provider {wanted!r} needs a key", row.key_env, hint))
         if row:
             hint = f"add [llm_providers.{wanted}] to {CONFIG_FILE}"
             return ConfigError(Problem("config.provider-missing", f"provider {wanted!r} is not configured", "", hint))

@@ -19,6 +19,7 @@ from orchestrator.errors import EnvironmentNotReady, InvalidInput, Problem
 from orchestrator.estimating import Estimate, estimate
 from orchestrator.files import FileManager, PackFiles
 from orchestrator.items import ItemSource, ItemsSummary, open_source, scan_items
+from orchestrator.provider_keys import KEY_MISSING
 from orchestrator.runspec import Route, RunSpec
 from orchestrator.workflow import WORKFLOW_FILE, Workflow, parse_usd
 from providers.price_data import price_for
@@ -126,11 +127,11 @@ class Planner:
         )
         routes = self._routes(workflow, request, configured, problems)
         budget = _budget(request, workflow, configured, problems)
-        keys = self._missing_keys(routes)
+        problems.extend(self._missing_keys(routes))
+        if problems and all(one.code == KEY_MISSING for one in problems):
+            raise EnvironmentNotReady(problems)
         if problems or variables is None or source is None or summary is None:
-            raise InvalidInput([*problems, *keys])
-        if keys:
-            raise EnvironmentNotReady(keys)
+            raise InvalidInput(problems)
         spec = self._spec(workflow, pack, variables, routes)
         identity = _identity(spec, pack, summary)
         return Plan(

@@ -16,6 +16,8 @@ from orchestrator.plain_text import read_text
 Lookup = Callable[[str], str | None]
 """Variable -> value, from the environment or a `.env` file."""
 
+KEY_MISSING = "key.missing"
+"""Code of the one problem that is no mistake in what was written: the environment lacks a key."""
 _MAX_KEY_BYTES = 10_000
 _PLACEHOLDER = re.compile(
     r"(?i)^(?:sk-)?(?:ant-)?(?:x{3,}|\.{3,}|\*{3,}|<.*>|\$\{?\w.*|(?:your|insert|enter|paste)[-_ ].*)$"
@@ -87,9 +89,7 @@ def read_keys(variables: Iterable[str], required: bool, lookup: Lookup) -> KeysR
             _collect(variable, value, keys, problems, warnings)
     if required and not keys and not problems:
         names = " or ".join(unset)
-        problems.append(
-            Problem("key.missing", "the API key is not set", names, f"export {unset[0]}, or put it in .env")
-        )
+        problems.append(Problem(KEY_MISSING, "the API key is not set", names, f"export {unset[0]}, or put it in .env"))
     return KeysRead(tuple(keys), tuple(problems), tuple(warnings))
 
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from orchestrator.errors import Problem, did_you_mean, suggest
+from orchestrator.provider_keys import KEY_MISSING
 from orchestrator.runspec import Route
 from orchestrator.settings import LLMProviderConfig
 from orchestrator.workflow import Routing, Step, Workflow
@@ -89,7 +90,7 @@ def _not_configured(name: str, place: str, providers: Mapping[str, LLMProviderCo
         return Problem("route.unknown-provider", f"no provider is called {name!r}", place, hint)
     if row.key_required and row.key_env:
         hint = f"export {row.key_env}=..., or put it into .env"
-        return Problem("key.missing", f"provider {name!r} needs a key, and {row.key_env} is not set", place, hint)
+        return Problem(KEY_MISSING, f"provider {name!r} needs a key, and {row.key_env} is not set", place, hint)
     hint = f"add [llm_providers.{name}] to llm-orchestrator.toml"
     return Problem("route.unknown-provider", f"provider {name!r} is not configured", place, hint)
 

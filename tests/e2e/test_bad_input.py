@@ -270,6 +270,12 @@ CASES: dict[str, Case] = {
         hint="OPENAI_API_KEY",
         exit_code=ExitCode.NOT_READY,
     ),
+    "missing-key-of-a-provider-that-is-named-nowhere": Case(
+        (("key.missing", "--provider"),),
+        request={"provider": "openai"},
+        hint="OPENAI_API_KEY",
+        exit_code=ExitCode.NOT_READY,
+    ),
     "database-away": Case(
         (("database.unavailable", "127.0.0.1:1/x"),),
         environ={"DATABASE_URL": "postgresql://me:hunter2@127.0.0.1:1/x"},
