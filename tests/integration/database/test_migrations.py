@@ -6,11 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from alembic import command
 from alembic.autogenerate import compare_metadata
+from alembic.config import Config
 from alembic.runtime.migration import MigrationContext
 from sqlalchemy import Connection, inspect, text
 
-from orchestrator.database import Database, SchemaOutdated, migrate
+from orchestrator.database import Database, SchemaOutdated, budgets, migrate
 from orchestrator.database.tables import metadata
 
 UPGRADE = "import sys; from orchestrator.database import Database; Database(sys.argv[1]).migrate()"
@@ -127,3 +129,18 @@ def test_asking_whether_a_database_is_prepared_creates_no_file(tmp_path: Path):
     assert not database.is_prepared()
     database.close()
     assert not path.parent.exists()
+
+
+def test_budgets_of_the_first_schema_are_kept(empty_url: str):
+    database = Database(empty_url)
+    config = Config()
+    config.set_main_option("script_location", "orchestrator.database:migrations")
+    with database.transaction() as connection:
+        config.attributes["connection"] = connection
+        command.upgrade(config, "0001")
+        connection.execute(text("INSERT INTO budgets (scope, limit_nusd, spent_nusd) VALUES ('global', 100, 60)"))
+    database.migrate()
+    with database.transaction() as connection:
+        lowered = budgets.set_limit(connection, budgets.GLOBAL_SCOPE, 40)
+    assert (lowered.limit_nusd, lowered.spent_nusd, lowered.free_nusd()) == (40, 60, 0)
+    database.close()

@@ -40,13 +40,6 @@ def upgrade() -> None:
             comment="nano-USD that a provider reported beyond the worst price it could have asked by its own price list",
         ),
         sa.Column(
-            "overhang_nusd",
-            sa.BigInteger(),
-            server_default="0",
-            nullable=False,
-            comment="nano-USD already taken beyond a limit when it was lowered; falls as that settles, never rises",
-        ),
-        sa.Column(
             "warned_at",
             sa.Double(),
             nullable=True,
@@ -59,12 +52,10 @@ def upgrade() -> None:
             comment="nano-USD that a configuration named last; NULL if it named none",
         ),
         sa.CheckConstraint(
-            "limit_nusd IS NULL OR spent_nusd + reserved_nusd <= limit_nusd + overhang_nusd",
-            name=op.f("ck_budgets_never_overspent"),
+            "limit_nusd IS NULL OR spent_nusd + reserved_nusd <= limit_nusd", name=op.f("ck_budgets_never_overspent")
         ),
         sa.CheckConstraint(
-            "spent_nusd >= 0 AND reserved_nusd >= 0 AND excess_nusd >= 0 AND overhang_nusd >= 0",
-            name=op.f("ck_budgets_not_negative"),
+            "spent_nusd >= 0 AND reserved_nusd >= 0 AND excess_nusd >= 0", name=op.f("ck_budgets_not_negative")
         ),
         sa.PrimaryKeyConstraint("id", name=op.f("pk_budgets")),
         sa.UniqueConstraint("scope", name=op.f("uq_budgets_scope")),
