@@ -97,12 +97,13 @@ def worker_command(queues: Iterable[str], threads: int, name: str) -> list[str]:
         name: before the `@` of the worker's Celery name.
     """
     return [
-        *("-m", "celery", "-A", "workers.app", "worker"),
+        # Quiet: no banner between the lines of the log.
+        *("-m", "celery", "-A", "workers.app", "--quiet", "worker"),
         # Threads: each waits for a shard that runs on the process's one asyncio loop.
         *("--pool", "threads", "--concurrency", str(threads + CONTROL_THREADS)),
         *("--queues", ",".join(queues), "--hostname", f"{name}@%h"),
         # Nobody needs workers to gossip: fewer channels, faster start.
-        *("--without-mingle", "--without-gossip", "--loglevel", "WARNING"),
+        *("--without-mingle", "--without-gossip"),
     ]
 
 

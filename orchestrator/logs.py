@@ -2,7 +2,7 @@
 
 Everything goes through the standard library's root handler, ours as well as what other libraries log, so one set of
 processors sees every record: secrets are masked and control characters escaped before anything is written. Messages of
-HTTP libraries hold whole addresses and are kept at WARNING.
+HTTP libraries hold whole addresses, those of Celery come with every task: both are kept at WARNING.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ LogFormat = Literal["console", "json"]
 
 MASK = "***"
 
-_QUIET = ("httpx", "httpcore", "aiohttp", "asyncio", "urllib3", "kombu", "amqp")
+_QUIET = ("httpx", "httpcore", "aiohttp", "asyncio", "urllib3", "celery", "kombu", "amqp")
 _SECRET_NAMES = re.compile(
     r"(?i)(?:^|[_-])(?:api[_-]?keys?|authorization|password|passwd|secret|credentials?|cookie|x-api-key|x-goog-api-key)$"
     r"|^(?:key|token)$|access_token|refresh_token"

@@ -85,9 +85,10 @@ class Worker:
         """Whether so many of its calls are at a provider now."""
         return self.on_record(engine) >= calls
 
-    def has_started(self) -> bool:
+    def is_ready(self) -> bool:
+        """Whether it takes messages; one that is not may find that another took them all."""
         assert self.is_alive(), f"the worker ended early:\n{self.log()[-3000:]}"
-        return "worker.started" in self.log()
+        return "worker.ready" in self.log()
 
 
 @dataclass
@@ -114,7 +115,7 @@ class Engine:
 
         Args:
             queues: to listen on; None is all of them.
-            ready: wait until it has started.
+            ready: wait until it takes messages.
             module: that is run in place of Celery's own, to start a worker with a fault in it.
             environment: variables of this worker alone.
         """
@@ -135,7 +136,7 @@ class Engine:
         worker = Worker(process, log_file)
         self.workers.append(worker)
         if ready:
-            wait_until(worker.has_started, 30)
+            wait_until(worker.is_ready, 30)
         return worker
 
     def start_run(
@@ -262,7 +263,7 @@ def launch_engine(
         held.callback(engine.stop)
         started = [engine.start_worker(ready=False) for _ in range(workers)]
         for worker in started:
-            wait_until(worker.has_started, 30)
+            wait_until(worker.is_ready, 30)
         try:
             yield engine
         except BaseException:

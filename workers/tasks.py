@@ -12,7 +12,7 @@ from typing import Any
 
 import structlog
 from celery import Celery
-from celery.signals import worker_init, worker_shutdown, worker_shutting_down
+from celery.signals import worker_init, worker_ready, worker_shutdown, worker_shutting_down
 from redis import Redis
 from redis.exceptions import RedisError
 
@@ -37,6 +37,7 @@ def register(app: Celery, config: ConfigManager) -> None:
     app.task(name=broker.ASK_SHARD, typing=False)(life.ask_shard)
     app.task(name=broker.CLOSE_WINDOW, typing=False)(life.close_window)
     worker_init.connect(life.begin, weak=False)
+    worker_ready.connect(life.tell_ready, weak=False)
     worker_shutting_down.connect(life.drain, weak=False)
     worker_shutdown.connect(life.end, weak=False)
 
@@ -80,6 +81,11 @@ class _Life:
         self._runtime.start()
         self._watchdog = self._watch(self._runtime, queues)
         _spare_the_collector()
+
+    def tell_ready(self, **_: Any) -> None:
+        """Signal: the worker listens on its queues."""
+        if self._runtime is not None:
+            log.info("worker.ready", worker=self._runtime.worker_id)
 
     def drain(self, **_: Any) -> None:
         """Signal: the worker was told to stop. What takes too long is ended, so that the shutdown has an end."""

@@ -64,7 +64,7 @@ def crashed(points: tuple[str, ...], database_url: str | None = None) -> Generat
             for point in points
         }
         for worker in doomed.values():
-            wait_until(worker.has_started, 60)
+            wait_until(worker.is_ready, 60)
         # The second request is never answered: its worker dies while it waits.
         engine.fakes["after_send"].control("ok", "hang")
         runs = {point: engine.start_run(1, SURVEY, provider=point, salt=point) for point in points}

@@ -47,7 +47,7 @@ def test_workers_that_decide_what_comes_next_may_die_at_any_moment() -> None:
             engine.start_worker([CONTROL_QUEUE], ready=False, module=FAULTY, CRASH_AT=moment) for moment in arranged
         ]
         for worker in (others, *doomed):
-            wait_until(worker.has_started, 60)
+            wait_until(worker.is_ready, 60)
         run = engine.start_run(ITEMS, SURVEY)
         for worker in doomed:
             _wait_for_crash(worker)

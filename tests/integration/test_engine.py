@@ -29,7 +29,7 @@ def installation() -> Iterator[Engine]:
     with launch_engine(workers=0) as engine:
         first = engine.start_worker(["control", "llm.main"], ready=False)
         second = engine.start_worker(["llm.spare"], ready=False)
-        wait_until(lambda: first.has_started() and second.has_started(), 30)
+        wait_until(lambda: first.is_ready() and second.is_ready(), 30)
         yield engine
 
 
@@ -282,7 +282,9 @@ class TestLimits:
         """
         limits = {"rate_limit_rpm": 1200, "burst": 20}
         service = {"rpm": 1200, "limiter": "bucket", "burst": 40, "latency_s": 0.05}
-        with launch_engine(providers={"main": limits}, fakes={"main": service}, workers=2) as engine:
+        # Eight shards, of which one worker can hold four: neither can take them all.
+        few = {"worker": {"shards": 2}}
+        with launch_engine(providers={"main": limits}, settings=few, fakes={"main": service}, workers=2) as engine:
             run = engine.start_run(220, ONE)
             assert engine.wait(run)["status"] == "completed"
             history = engine.check(run)
