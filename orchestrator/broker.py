@@ -2,6 +2,10 @@
 
 Messages carry numbers and nothing else: no prompt, no item, no key. A lost message is published again from the
 database, and a message that comes twice finds its calls claimed, so the broker is transport and never the record.
+
+The queue of a provider has several lines, and runs that are at work at the same time stand in different ones, so that
+the messages of a small run do not wait behind those of a large one. To kombu a line is a priority, which has a list of
+its own in Redis; that one is served before the other is not used (`workers.transport`).
 """
 
 from collections.abc import Iterable, Sequence
@@ -13,6 +17,7 @@ from celery import Celery, chord
 from celery.backends.redis import RedisBackend
 from celery.canvas import Signature
 from kombu import Exchange, Queue
+from kombu.transport.redis import Channel
 
 MESSAGE_VERSION = 1
 """First argument of every task; a worker drops a message whose version it does not know."""
@@ -21,6 +26,8 @@ CLOSE_WINDOW = "llm_orchestrator.close_window"
 TASK_NAMES = (ASK_SHARD, CLOSE_WINDOW)
 CONTROL_QUEUE = "control"
 PROVIDER_QUEUE_PREFIX = "llm."
+LINES = 10
+"""Lines of a provider's queue: as many as kombu knows priorities."""
 
 CONTROL_THREADS = 2
 """Threads beyond the shards', so that windows are closed while all others wait for providers."""
@@ -83,6 +90,22 @@ def provider_queue(provider: str) -> str:
     return f"{PROVIDER_QUEUE_PREFIX}{provider}"
 
 
+def has_lines(queue: str) -> bool:
+    """Whether a queue has lines; that of the windows has none, because a window is a matter of moments."""
+    return queue.startswith(PROVIDER_QUEUE_PREFIX)
+
+
+def queue_keys(queue: str, prefix: str = "") -> tuple[str, ...]:
+    """The lists in Redis that make up a queue.
+
+    Args:
+        queue: its name.
+        prefix: of all keys of the installation.
+    """
+    others = range(1, LINES) if has_lines(queue) else ()
+    return (f"{prefix}{queue}", *(f"{prefix}{queue}{Channel.sep}{line}" for line in others))
+
+
 def all_queues(providers: Iterable[str]) -> tuple[str, ...]:
     """Every queue of an installation: the control queue, then one per provider."""
     return (CONTROL_QUEUE, *(provider_queue(name) for name in providers))
@@ -121,8 +144,7 @@ def make_app(redis_url: str, providers: Sequence[str], prefix: str = "") -> Cele
         result_backend=_backend_url(redis_url),
         broker_transport_options={
             "visibility_timeout": VISIBILITY_TIMEOUT_S,
-            # Priorities multiply the keys of every BRPOP by four; we use none.
-            "priority_steps": [0],
+            "priority_steps": list(range(LINES)),
             "global_keyprefix": prefix,
             # Without a timeout a publish over a dead link waits for ever.
             "socket_timeout": 30,
@@ -180,13 +202,21 @@ def make_app(redis_url: str, providers: Sequence[str], prefix: str = "") -> Cele
     return app
 
 
-def ask_shard(app: Celery, message: ShardMessage) -> Signature:
-    """The task that asks one shard, on its provider's queue."""
+def ask_shard(app: Celery, message: ShardMessage, runs_before: int) -> Signature:
+    """The task that asks one shard, on its provider's queue.
+
+    Args:
+        app: the application.
+        message: which shard.
+        runs_before: runs at work that are older than the message's: they stand in the lines before. While there are not
+            more runs than lines, none shares its line; one that moves up is served from both lines for a while.
+    """
     return app.signature(
         ASK_SHARD,
         args=message.args(),
         immutable=True,
         queue=provider_queue(message.provider),
+        priority=runs_before % LINES,
         argsrepr=f"run {message.run}, window {message.window}, items {message.first}-{message.last}",
     )
 

@@ -31,9 +31,14 @@ IDLE_ROUND_S = 2.0
 
 @dataclass(frozen=True, slots=True)
 class Publication:
-    """A round of a window, decided and not yet published."""
+    """A round of a window, decided and not yet published.
+
+    Attributes:
+        runs_before: older runs that were at work when it was decided.
+    """
 
     run: int
+    runs_before: int
     window: int
     round: int
     groups: tuple[tuple[planning.Shard, ...], ...]
@@ -206,7 +211,8 @@ class WorkflowOrchestrator:
         wanted = [OpenCall(call.prompt_name, call.item_ordinal, call.llm_provider) for call in calls]
         size = planning.shard_size_for(len(wanted), spec.shard_size)
         number = windows.note_published(connection, window.id)
-        return Publication(run.id, window.id, number, planning.canvas(segment, wanted, size))
+        before = windows.running_before(connection, run.id)
+        return Publication(run.id, before, window.id, number, planning.canvas(segment, wanted, size))
 
     def _reduce(
         self, connection: Connection, row: AnyRow, spec: RunSpec, segments: Sequence[Segment]
@@ -281,6 +287,7 @@ class WorkflowOrchestrator:
                         broker.ShardMessage(
                             one.run, one.window, one.round, shard.step, shard.provider, shard.first, shard.last
                         ),
+                        one.runs_before,
                     )
                     for shard in group
                 ]

@@ -127,8 +127,9 @@ class WorkerSettings(_Section):
 
     concurrency: int = Field(default=1_000, ge=1, le=100_000)
     """Calls in flight in one worker process."""
-    shards: int = Field(default=24, ge=1, le=1_000)
-    """Shards that one worker process works on at the same time; each of them takes a thread."""
+    shards: int = Field(default=256, ge=1, le=10_000)
+    """Shards that one worker process has not ended at the same time; each of them takes a thread while it lasts, also
+    when only its slowest call is still at the provider."""
     heartbeat_s: Seconds = Field(default=5.0, alias="heartbeat_seconds")
     lease_s: Seconds = Field(default=16.0, alias="lease_seconds")
     drain_s: Seconds = Field(default=60.0, alias="drain_seconds")

@@ -10,7 +10,7 @@ from orchestrator.logs import Logger
 from workers.tasks import register
 from workers.transport import install
 
-install()
+intake = install()
 config = ConfigManager()
 settings = config.settings
 Logger.init(settings.logging.level, settings.logging.format)
@@ -22,4 +22,4 @@ def leave_logging_alone(**_: Any) -> None:
 
 setup_logging.connect(leave_logging_alone, weak=False)
 app = make_app(settings.redis_url or "redis://localhost:6379/0", tuple(settings.providers), settings.queue_prefix)
-register(app, config)
+register(app, config, intake)

@@ -3,7 +3,6 @@
 `workers.client` asks with these values, `workers.outcomes` concludes with them.
 """
 
-import asyncio
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,8 +19,10 @@ from providers.messages import ChatReply, ChatRequest, Message, Usage
 from providers.pricing import cost_nusd, worst_nusd
 from providers.tokens import estimate_messages, upper_bound
 from workers.cached import CachedAnswer
+from workers.intake import Ticket
 from workers.limiter import Pool, PoolLimits, Wider
 from workers.prepared import PreparedRun, Prompt, StepKit, cache_key
+from workers.slots import Slots
 
 MAX_REASK_CHARS = 4_000
 
@@ -41,7 +42,7 @@ class Gate:
     provider: Provider
     account: str
     limits: PoolLimits
-    slots: asyncio.Semaphore
+    slots: Slots
     shared: PoolLimits = PoolLimits()
     paused: bool = False
 
@@ -64,6 +65,7 @@ class Job:
 
     Attributes:
         key: of its answer in the cache. Its route is the same until it is put back, and so is the key.
+        ticket: of the message that brought it.
     """
 
     run: PreparedRun
@@ -71,6 +73,7 @@ class Job:
     call: PendingCall
     prompt: Prompt
     key: str
+    ticket: Ticket
 
     def route(self, index: int) -> Route:
         """The route at a place of the fallback chain; the last one if the chain is shorter."""
@@ -107,10 +110,10 @@ class Sent:
     worst_nusd: int
 
 
-def job_of(run: PreparedRun, kit: StepKit, call: PendingCall, prompt: Prompt) -> Job:
+def job_of(run: PreparedRun, kit: StepKit, call: PendingCall, prompt: Prompt, ticket: Ticket) -> Job:
     """A call that is to be asked, with the key of its answer."""
     route = kit.routes[min(call.route_index, len(kit.routes) - 1)]
-    return Job(run, kit, call, prompt, cache_key(kit, route, prompt, call.repeat))
+    return Job(run, kit, call, prompt, cache_key(kit, route, prompt, call.repeat), ticket)
 
 
 def request_of(job: Job, route: Route, asking: Asking) -> ChatRequest:

@@ -116,6 +116,7 @@ class LLMClient:
         try:
             await self._fly(job)
         finally:
+            job.ticket.begin(job.call.id)
             self.at_work[job.call.id] -= 1
             if not self.at_work[job.call.id]:
                 del self.at_work[job.call.id]
@@ -124,6 +125,7 @@ class LLMClient:
         """Asks, or waits for the answer of an equal call of this process."""
         key = job.key if shares_answers(job) else None
         while key is not None and self._flights.is_open(key):
+            job.ticket.begin(job.call.id)
             result = await self._waits.until(job.run.number, self._flights.landed(key))
             if result is not None:
                 await self._take_answer(job, key, result)
@@ -143,6 +145,7 @@ class LLMClient:
     async def _await_flight(self, job: Job, key: str) -> bool:
         """Waits while another worker asks an equal call; True when this one took its answer."""
         pause_s, longest_s = FLIGHT_WAIT_S
+        job.ticket.begin(job.call.id)
         while self._may_go_on(job.run.number):
             await self._waits.until(job.run.number, asyncio.sleep(pause_s * random.uniform(0.8, 1.2)))
             match await self._writer.look(key):
@@ -239,7 +242,7 @@ class LLMClient:
             await self._outcomes.release(job, asking, CallEnd("pending", next_at_s=asking.wait_s))
             return None
         request = request_of(job, route, asking)
-        async with gate.slots:
+        async with gate.slots.place(job.run.number, charges.weight(job.run.priority)):
             sent = await self._send(job, asking, gate, route, request)
         match sent:
             case Sent():
@@ -291,6 +294,7 @@ class LLMClient:
                 return None
             permit = again
         request = replace(request, attempt_id=f"{job.run.run_id}/{job.call.id}/{grant.number}")
+        job.ticket.begin(job.call.id)
         sent = await self._exchange(gate, route, request, grant, worst)
         self._give_back(permit, sent.outcome)
         await self._heed(gate, route, sent.outcome)

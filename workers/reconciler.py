@@ -15,6 +15,7 @@ wait, that is a stall: it is logged, and the windows are published again.
 import asyncio
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from functools import partial
+from itertools import chain, islice
 from time import monotonic
 
 import structlog
@@ -177,8 +178,17 @@ class Reconciler:
                 for a slow limit is not taken for lost.
         """
         broker_forgot = bool(await self._redis.set(self._marker, "1", nx=True))
-        queued = {name: await self._redis.llen(self._prefix + name) for name in self._queues}
+        queued = await self._lengths()
         await asyncio.to_thread(self._repair, set(at_work), queued, broker_forgot)
+
+    async def _lengths(self) -> dict[str, int]:
+        """How many messages wait in each queue."""
+        keys = {name: broker.queue_keys(name, self._prefix) for name in self._queues}
+        asked = self._redis.pipeline(transaction=False)
+        for key in chain.from_iterable(keys.values()):
+            asked.llen(key)
+        lengths = iter(await asked.execute())
+        return {name: sum(islice(lengths, len(of_queue))) for name, of_queue in keys.items()}
 
     def _repair(self, at_work: set[int], queued: Mapping[str, int], broker_forgot: bool) -> None:
         with self._database.transaction() as connection:

@@ -37,11 +37,13 @@ from providers.http import open_client
 from workers.asking import Gate
 from workers.charges import pool_limits
 from workers.client import LLMClient
+from workers.intake import Ticket
 from workers.limiter import Limiter, LimiterUnavailable
 from workers.orders import LOOK_S, ChangingLimits, read_orders, set_priorities
 from workers.prepared import BudgetIds, PreparedRun, find_run
 from workers.reconciler import INTERNAL_ERROR, Reconciler, UnknownOutcomes, warn_of_budgets
 from workers.shard import ask_shard
+from workers.slots import Slots
 from workers.writer import BatchWriter
 
 log = structlog.get_logger(__name__)
@@ -128,9 +130,9 @@ class Runtime:
         """Runs a coroutine on the loop and waits for it; called from Celery's threads."""
         return asyncio.run_coroutine_threadsafe(work_to_do, self._loop).result()
 
-    def ask(self, message: broker.ShardMessage) -> None:
+    def ask(self, message: broker.ShardMessage, ticket: Ticket) -> None:
         """Asks a shard and waits for its end; a second copy that arrives while the first is at work steps aside."""
-        self.run(self._ask(message))
+        self.run(self._ask(message, ticket))
 
     @property
     def loop(self) -> asyncio.AbstractEventLoop:
@@ -181,7 +183,7 @@ class Runtime:
         """Whether calls of a run may be sent: neither this process nor, as far as we know, the run is stopping."""
         return not self._draining and run not in self._halted
 
-    async def _ask(self, message: broker.ShardMessage) -> None:
+    async def _ask(self, message: broker.ShardMessage, ticket: Ticket) -> None:
         if message in self._shards or self._draining:
             return
         self._shards.add(message)
@@ -189,7 +191,7 @@ class Runtime:
         # A run that was stopped and resumed must not be judged by what we remember.
         self._halted.discard(message.run)
         try:
-            await ask_shard(self, message)
+            await ask_shard(self, message, ticket)
             self._broken.pop(message.run, None)
         finally:
             self._shards.discard(message)
@@ -234,7 +236,7 @@ class Runtime:
             account="none" if key is None else key.fingerprint,
             limits=of_each_model,
             shared=of_all,
-            slots=asyncio.Semaphore(self._settings.worker.concurrency),
+            slots=Slots(self._settings.worker.concurrency),
         )
 
     async def _close(self) -> None:

@@ -22,6 +22,7 @@ from prompts.errors import PromptError
 from workers.asking import Job, job_of, text_of
 from workers.cached import CachedAnswer
 from workers.client import LLMClient
+from workers.intake import Ticket
 from workers.prepared import PreparedRun, Prompt, StepKit
 from workers.writer import BatchWriter
 
@@ -71,8 +72,13 @@ class _Material:
     totals: Mapping[str, int]
 
 
-async def ask_shard(host: ShardHost, message: ShardMessage) -> None:
+async def ask_shard(host: ShardHost, message: ShardMessage, ticket: Ticket) -> None:
     """Asks the open calls of a shard. Safe to run twice, at the same time or later: claims decide who asks.
+
+    Args:
+        host: the process.
+        message: which calls.
+        ticket: of the message; told which calls wait to be sent. Whoever took the message ends it.
 
     Raises:
         LookupError: the run was deleted.
@@ -83,10 +89,11 @@ async def ask_shard(host: ShardHost, message: ShardMessage) -> None:
     run = await host.prepared(message.run)
     kit = run.kit(message.step)
     material = await asyncio.to_thread(_read, host.database, run, kit, message)
-    closings, to_ask = _sort_out(run, kit, material)
+    closings, to_ask = _sort_out(run, kit, material, ticket)
     if kit.step.cache and run.spec.cache_ttl_s > 0 and to_ask:
         cached, to_ask = await asyncio.to_thread(_look_up, host.database, to_ask)
         closings = [*closings, *cached]
+    ticket.read(job.call.id for job in to_ask)
     writes = [host.writer.close(closing) for closing in closings]
     asks = [host.client.send_prompt(job) for job in to_ask]
     # All of them end before the shard does, so that nothing goes on which nobody knows of.
@@ -144,7 +151,9 @@ def _value(run: PreparedRun, answers: StepAnswers) -> Any:
     return run.aggregate(answers.values)
 
 
-def _sort_out(run: PreparedRun, kit: StepKit, material: _Material) -> tuple[list[batches.Closing], list[Job]]:
+def _sort_out(
+    run: PreparedRun, kit: StepKit, material: _Material, ticket: Ticket
+) -> tuple[list[batches.Closing], list[Job]]:
     """Decides for every call: end it without asking, ask it, or leave it for another round."""
     closings: list[batches.Closing] = []
     to_ask: list[Job] = []
@@ -153,7 +162,7 @@ def _sort_out(run: PreparedRun, kit: StepKit, material: _Material) -> tuple[list
         if isinstance(decided, CallEnd):
             closings.append(batches.Closing(call.id, decided))
         elif decided is not None:
-            to_ask.append(job_of(run, kit, call, decided))
+            to_ask.append(job_of(run, kit, call, decided, ticket))
     return closings, to_ask
 
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import structlog
-from celery import Celery
+from celery import Celery, current_task
 from celery.signals import worker_init, worker_ready, worker_shutdown, worker_shutting_down
 from redis import Redis
 from redis.exceptions import RedisError
@@ -19,6 +19,7 @@ from redis.exceptions import RedisError
 from orchestrator import broker
 from orchestrator.config import ConfigManager
 from orchestrator.database import DatabaseUnavailable
+from workers.intake import Intake
 from workers.runtime import Runtime
 from workers.watchdog import Watchdog
 
@@ -30,9 +31,15 @@ GARBAGE_THRESHOLD = 5_000
 """New objects between two rounds over the youngest; Python's own 700 suits programs with fewer of them."""
 
 
-def register(app: Celery, config: ConfigManager) -> None:
-    """Registers the tasks on an application and ties the runtime to the worker's life."""
-    life = _Life(app, config)
+def register(app: Celery, config: ConfigManager, intake: Intake) -> None:
+    """Registers the tasks on an application and ties the runtime to the worker's life.
+
+    Args:
+        app: the application.
+        config: the configuration.
+        intake: what the transport of this process takes messages by.
+    """
+    life = _Life(app, config, intake)
     # Bound methods count their self as an argument, so the check of the number of arguments is ours.
     app.task(name=broker.ASK_SHARD, typing=False)(life.ask_shard)
     app.task(name=broker.CLOSE_WINDOW, typing=False)(life.close_window)
@@ -45,9 +52,10 @@ def register(app: Celery, config: ConfigManager) -> None:
 class _Life:
     """The runtime of this process, from the first signal to the last."""
 
-    def __init__(self, app: Celery, config: ConfigManager) -> None:
+    def __init__(self, app: Celery, config: ConfigManager, intake: Intake) -> None:
         self._app = app
         self._config = config
+        self._intake = intake
         self._runtime: Runtime | None = None
         self._watchdog: Watchdog | None = None
 
@@ -57,8 +65,9 @@ class _Life:
             log.error("message.dropped", task=broker.ASK_SHARD, version=version)
             return
         message = broker.ShardMessage(*numbers)
+        ticket = self._intake.ticket(current_task.request.properties["delivery_tag"])
         try:
-            self._runtime.ask(message)
+            self._runtime.ask(message, ticket)
         except ENVIRONMENT_ERRORS:
             # The database or the broker is away: the reconciler asks for the shard again.
             raise
@@ -66,6 +75,8 @@ class _Life:
             # An entry point: whatever it is, its run must not go on for ever without a word.
             self._runtime.note_broken_shard(message.run, error)
             raise
+        finally:
+            ticket.end()
 
     def close_window(self, version: int, window: int) -> None:
         """Task: look at a window and do what comes next."""
@@ -107,7 +118,7 @@ class _Life:
         settings = self._config.settings
         return Watchdog(
             Redis.from_url(settings.redis_url or "", socket_timeout=10, socket_connect_timeout=5),  # pyright: ignore[reportUnknownMemberType]  # its keyword arguments have no types
-            [settings.queue_prefix + name for name in queues],
+            [key for name in queues for key in broker.queue_keys(name, settings.queue_prefix)],
             runtime.loop,
             stall_s=settings.worker.stall_s,
             every_s=settings.worker.heartbeat_s,

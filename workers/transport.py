@@ -1,4 +1,7 @@
-"""Kombu's transport for Redis, which outlives what is no message.
+"""Kombu's transport for Redis, which takes messages as `workers.intake` wants them and outlives what is no message.
+
+Kombu waits for all lines of all queues and takes whatever comes. Here it waits for those that are wanted, and looks
+again soon while some are not.
 
 Whoever reaches the broker can put anything into a queue. Kombu takes it out and then gives up the whole worker over an
 entry that it cannot read; here the entry is dropped with a line in the log. What is a message and makes no sense is
@@ -7,13 +10,22 @@ dropped later, by Celery or by the tasks.
 
 from json import JSONDecodeError
 from queue import Empty
+from time import monotonic
 from typing import Any
 
 import structlog
 from kombu import transport
 from kombu.transport import redis, virtual
 
+from orchestrator import broker
+from workers.intake import Intake, Line
+
 log = structlog.get_logger(__name__)
+
+LOOK_AGAIN_S = 0.025
+"""How long to wait for the lines that are wanted while others are full; servers round it up, to a tenth at most."""
+NOTHING = "nothing"
+"""A key that nobody writes: waiting for it is waiting for the time to pass."""
 
 
 class Unreadable(ValueError):
@@ -30,10 +42,59 @@ class Message(virtual.Message):
             raise Unreadable(type(error).__name__) from error
 
 
+class QoS(redis.QoS):
+    """Tells the intake what was taken and what is done with."""
+
+    def append(self, message: Any, delivery_tag: str) -> None:
+        """Notes a message that was taken."""
+        super().append(message, delivery_tag)
+        queue = message.delivery_info["routing_key"]
+        if broker.has_lines(queue):
+            Channel.intake.take(delivery_tag, (queue, self.channel.line_of(message)))
+
+    def ack(self, delivery_tag: str) -> None:
+        """Notes that it was worked on."""
+        super().ack(delivery_tag)
+        Channel.intake.drop(delivery_tag)
+
+    def reject(self, delivery_tag: str, requeue: bool = False) -> None:
+        """Notes that it will not be."""
+        super().reject(delivery_tag, requeue)
+        Channel.intake.drop(delivery_tag)
+
+
 class Channel(redis.Channel):
-    """Drops what cannot be read. It is out of its queue by then, so nobody meets it again."""
+    """Waits for the lines that are wanted, and drops what cannot be read.
+
+    That is out of its queue by then, so nobody meets it again.
+    """
 
     Message = Message
+    QoS = QoS
+    intake = Intake()
+
+    def line_of(self, message: Any) -> int:
+        """The line that a message came from."""
+        return int(self._get_message_priority({"properties": message.properties}))
+
+    def _brpop_start(self, timeout: float | None = None) -> None:
+        queues = self._queue_cycle.consume(len(self.active_queues))
+        if not queues:
+            return
+        plain = [queue for queue in queues if not broker.has_lines(queue)]
+        lines: list[Line] = [
+            (queue, line) for queue in queues if broker.has_lines(queue) for line in self.priority_steps
+        ]
+        wanted = self.intake.wanted(lines)
+        # Windows before shards: what they publish is what all wait for.
+        keys = [*plain, *(self._q_for_pri(queue, line) for queue, line in wanted)] or [NOTHING]
+        wait_s = (timeout or self.brpop_timeout) if len(wanted) == len(lines) else LOOK_AGAIN_S
+        self._in_poll = self.client.connection
+        self._brpop_sent_at = monotonic()
+        command = ["BRPOP", *keys, wait_s]
+        if self.global_keyprefix:
+            command = self.client._prefix_args(command)
+        self.client.connection.send_command(*command)
 
     def _brpop_read(self, **options: Any) -> bool | None:
         try:
@@ -50,7 +111,11 @@ class Transport(redis.Transport):
     Channel = Channel
 
 
-def install() -> None:
-    """Makes kombu use it. The address of the broker stays what it is, because others read it too (Flower)."""
+def install() -> Intake:
+    """Makes kombu use it; returns what it takes messages by, one for the process.
+
+    The address of the broker stays what it is, because others read it too (Flower).
+    """
     for name in ("redis", "rediss"):
         transport.TRANSPORT_ALIASES[name] = f"{__name__}:Transport"
+    return Channel.intake

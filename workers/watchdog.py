@@ -50,7 +50,7 @@ class Watchdog:
 
     Args:
         redis: a client of the broker, for this thread alone.
-        queues: keys of the queues this process listens on.
+        keys: of the queues this process listens on.
         loop: the event loop of the process.
         stall_s: how long is too long.
         every_s: pause between two looks.
@@ -60,7 +60,7 @@ class Watchdog:
     def __init__(
         self,
         redis: Redis,
-        queues: Sequence[str],
+        keys: Sequence[str],
         loop: asyncio.AbstractEventLoop,
         *,
         stall_s: float,
@@ -68,7 +68,7 @@ class Watchdog:
         give_up: Callable[[bool], None],
     ) -> None:
         self._redis = redis
-        self._queues = tuple(queues)
+        self._keys = tuple(keys)
         self._loop = loop
         self._stall_s = stall_s
         self._every_s = every_s
@@ -104,7 +104,10 @@ class Watchdog:
 
     def _look(self) -> tuple[int, float]:
         try:
-            queued = sum(int(self._redis.llen(name)) for name in self._queues)  # pyright: ignore[reportArgumentType]  # its type is that of both clients, sync and async
+            asked = self._redis.pipeline(transaction=False)  # pyright: ignore[reportUnknownMemberType]  # a keyword has no type
+            for key in self._keys:
+                asked.llen(key)
+            queued = sum(asked.execute())
         except (RedisError, OSError):
             self._stillness.begin_anew(time.monotonic())
             return 0, 0.0

@@ -98,6 +98,12 @@ def has_unclosed(connection: Connection, run: int, segment: int) -> bool:
     return connection.execute(query).scalar_one() > 0
 
 
+def running_before(connection: Connection, run: int) -> int:
+    """How many older runs are at work."""
+    query = select(func.count()).where(_runs.status == "running", _runs.id < run)
+    return connection.execute(query).scalar_one()
+
+
 def open_of_running_runs(connection: Connection, run: int | None = None) -> list[int]:
     """Open windows of running runs, or of one of them: those of a higher priority first, then in order of coming."""
     query = (

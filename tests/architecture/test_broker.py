@@ -14,11 +14,13 @@ from orchestrator import broker
 from orchestrator.config import ConfigManager
 from orchestrator.manager import RunRequest, WorkflowManager
 from tests.servers import ValkeyServer
+from workers.intake import Intake
 from workers.tasks import register
 
 ROOT = Path(__file__).parents[2]
 KEY = "sk-planted-7d1c5be04a2f4c0f9b"
 MARKER = "planted-2b77e0c4"
+SHARD = broker.ShardMessage(7, 1, 1, "judge", "simulator", 0, 4)
 RELIED_ON = {
     # Pickle would be code execution for whoever reaches the broker.
     "accept_content": ["json"],
@@ -52,7 +54,7 @@ def configured(home: Path) -> ConfigManager:
 
 
 def test_published_and_registered_task_names_are_the_same(app: Celery, tmp_path: Path) -> None:
-    register(app, configured(tmp_path))
+    register(app, configured(tmp_path), Intake())
     assert {name for name in app.tasks if not name.startswith("celery.")} == set(broker.TASK_NAMES)
 
 
@@ -71,9 +73,30 @@ def test_every_option_that_we_set_exists(app: Celery) -> None:
 def test_broker_waits_longer_than_any_call_before_it_delivers_again(app: Celery) -> None:
     options = app.conf.broker_transport_options
     assert options["visibility_timeout"] >= 3600
-    assert options["priority_steps"] == [0]
     # Without them a dead link is waited on for ever.
     assert {"socket_timeout", "socket_connect_timeout", "socket_keepalive", "health_check_interval"} <= options.keys()
+
+
+def test_runs_at_work_stand_in_lines_of_their_own(valkey: ValkeyServer) -> None:
+    app = broker.make_app(valkey.url, ("simulator",), "mine:")
+    for before in range(broker.LINES + 1):
+        broker.ask_shard(app, SHARD, before).apply_async()
+    broker.close_window(app, 1).apply_async()
+    with Redis.from_url(valkey.url) as client:
+        keys = broker.queue_keys("llm.simulator", "mine:")
+        assert [client.llen(key) for key in keys] == [2, *[1] * (broker.LINES - 1)]
+        assert [client.llen(key) for key in broker.queue_keys(broker.CONTROL_QUEUE, "mine:")] == [1]
+
+
+def test_a_second_level_stands_in_the_line_of_the_first(valkey: ValkeyServer) -> None:
+    app = broker.make_app(valkey.url, ("simulator",))
+    levels = [[broker.ask_shard(app, SHARD, 3)], [broker.ask_shard(app, SHARD, 3)]]
+    broker.publish_canvas(app, levels, broker.close_window(app, 1))
+    with Redis.from_url(valkey.url) as client:
+        message = json.loads(client.lindex(broker.queue_keys("llm.simulator")[3], 0))
+    _, _, embedded = json.loads(base64.b64decode(message["body"]))
+    second = embedded["chord"]["kwargs"]["header"]["kwargs"]["tasks"]
+    assert [task["options"]["priority"] for task in second] == [3]
 
 
 def test_chord_counters_outlive_a_run_that_waits_for_days(app: Celery) -> None:

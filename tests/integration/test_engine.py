@@ -298,6 +298,38 @@ class TestLimits:
             # Busy machines wake senders late; `python -m benchmarks.limiter` measures the real share.
             assert used >= 0.8
 
+    def test_a_small_run_gets_its_share_while_a_large_one_has_all_its_windows_out(self) -> None:
+        """The large run's 120 shards were published before the small one began; they are 300 s of the limit.
+
+        Counted in calls, because time says nothing on a busy machine: at equal shares as many calls of the large run as
+        of the small one leave until the small one is done, and what had its permit before.
+        """
+        limits = {"rate_limit_rpm": 1200, "burst": 20}
+        with launch_engine(providers={"main": limits}, workers=1) as engine:
+            engine.start_run(6000, ONE)
+            engine.wait_received(60)
+            before = engine.fake.provider.number
+            small = engine.start_run(40, ONE, salt="small")
+            assert engine.wait(small)["status"] == "completed"
+            meanwhile = engine.fake.provider.number - before
+            print(f"40 calls beside 6,000: done after {meanwhile} calls of both")
+            assert meanwhile <= 3 * 40
+
+    def test_calls_that_wait_for_their_second_try_keep_no_worker_from_the_first_tries_of_others(self) -> None:
+        """Every shard has a call that is told to come back in 5 s; the worker has no place for all those shards."""
+        settings = {"worker": {"concurrency": 10, "shard_size": 5}}
+        with launch_engine(settings=settings, fakes={"main": {"latency_s": 0.02}}, workers=1) as engine:
+            # Every fifth of the first 300 requests, at one request per call: 60 shards that wait.
+            later = [_overloaded(5) if number % 5 == 0 else "ok" for number in range(300)]
+            engine.fake.control(*later)
+            run = engine.start_run(400, ONE)
+            assert engine.wait(run)["status"] == "completed"
+            engine.check(run, repeats=60)
+            sent = sorted(line.mono for line in engine.fake.log().received)
+            refused = [line.mono for line in engine.fake.log().answered if line.status == 503]
+            print(f"400 calls begun {sent[399] - sent[0]:.2f} s after the first, {len(refused)} told to come back in 5 s")
+            assert sum(moment < refused[0] + 5 for moment in sent) >= 400
+
     def test_tokens_are_paced_by_what_calls_really_used(self) -> None:
         with launch_engine(providers={"main": {"rate_limit_tpm": 60_000}}, workers=1) as engine:
             run = engine.start_run(175, ONE)

@@ -4,7 +4,7 @@ import asyncio
 import json
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -136,9 +136,9 @@ class FakeRedis:
         self._world.broker.has_marker = True
         return was_missing
 
-    async def llen(self, name: str) -> int:
-        self._fail()
-        return self._world.broker.queued[name]
+    def pipeline(self, *, transaction: bool) -> "FakePipeline":
+        assert not transaction
+        return FakePipeline(self._fail, self._world.broker.queued)
 
     async def aclose(self) -> None:
         pass
@@ -146,6 +146,22 @@ class FakeRedis:
     def _fail(self) -> None:
         if self._world.is_broker_away:
             raise RedisAway("simulated")
+
+
+class FakePipeline:
+    """Tells the lengths of queues."""
+
+    def __init__(self, fail: Callable[[], None], queued: Mapping[str, int]) -> None:
+        self._fail = fail
+        self._queued = queued
+        self._asked: list[str] = []
+
+    def llen(self, name: str) -> None:
+        self._asked.append(name)
+
+    async def execute(self) -> list[int]:
+        self._fail()
+        return [self._queued[name] for name in self._asked]
 
 
 class FakeLimiter:
@@ -288,7 +304,7 @@ def doors_of(world: "World") -> Any:
     redis = type("Redis", (), {"from_url": staticmethod(lambda *_, **__: FakeRedis(world))})
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(broker, "publish_canvas", publish)
-        patch.setattr(broker, "ask_shard", lambda _app, message: message)
+        patch.setattr(broker, "ask_shard", lambda _app, message, _before: message)
         patch.setattr(broker, "close_window", lambda _app, window: window)
         patch.setattr(workers.client, "monotonic", world.loop.time)
         patch.setattr(workers.outcomes, "monotonic", world.loop.time)

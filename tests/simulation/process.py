@@ -17,6 +17,7 @@ from sqlalchemy.exc import IntegrityError, OperationalError
 
 from orchestrator.database import Database, DatabaseUnavailable, batches, fleet
 from tests.simulation.clock import ACTOR
+from workers.intake import Intake
 from workers.runtime import Runtime
 from workers.writer import MOST_PER_BATCH, REPEAT_FIRST_S, REPEAT_MOST_S, BatchWriter, Wish, _may_pass, _Waiting
 
@@ -295,7 +296,7 @@ class Worker(Process):
     async def ask(self, message: Any) -> None:
         """Works on a shard as a Celery thread does."""
         await self.awake()
-        await self.runtime._ask(message)
+        await self.runtime._ask(message, Intake().ticket(""))
         await self.awake()
 
     async def close_window(self, window: int) -> None:

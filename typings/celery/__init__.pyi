@@ -9,6 +9,14 @@ class _Conf:
     def update(self, **settings: Any) -> None: ...
     def __getattr__(self, name: str) -> Any: ...
 
+class _Request:
+    properties: dict[str, str]
+
+class _Task:
+    request: _Request
+
+current_task: _Task
+
 class Celery:
     conf: _Conf
     amqp: Any
@@ -22,6 +30,7 @@ class Celery:
         args: Sequence[Any],
         immutable: bool,
         queue: str,
+        priority: int = ...,
         argsrepr: str,
     ) -> Signature: ...
     def task(self, *, name: str, typing: bool) -> Callable[[Callable[..., None]], Any]: ...

@@ -19,6 +19,7 @@ from orchestrator.runspec import Route, RunSpec
 from tests.integration.database.stage import run_values
 from workers.asking import Job
 from workers.cached import CachedAnswer
+from workers.intake import Intake
 from workers.prepared import PreparedRun, cache_key, find_run
 from workers.shard import ask_shard
 from workers.writer import BatchWriter
@@ -106,7 +107,7 @@ class Host:
             self.writer = BatchWriter(self.database, asyncio.get_running_loop())
             try:
                 message = ShardMessage(self.run, window or self.window, 1, step, "simulator", first, last)
-                await ask_shard(self, message)
+                await ask_shard(self, message, Intake().ticket(""))
             finally:
                 await asyncio.to_thread(self.writer.stop)
 

@@ -60,7 +60,7 @@ def test_nothing_configured_is_local_mode_with_the_simulator(project: Project) -
     assert settings.database_url == f"sqlite:///{project.root}/data/orchestrator.db"
     assert settings.redis_url is None
     assert settings.is_local
-    assert (settings.worker.concurrency, settings.worker.shards, settings.worker.lanes) == (1000, 24, 4)
+    assert (settings.worker.concurrency, settings.worker.shards, settings.worker.lanes) == (1000, 256, 4)
     assert (settings.worker.heartbeat_s, settings.worker.lease_s, settings.worker.drain_s) == (5, 16, 60)
     assert (settings.worker.window_size, settings.worker.shard_size) == (1000, 50)
     assert settings.global_.cache_ttl_s == 604_800
