@@ -38,8 +38,11 @@ class Message(virtual.Message):
     def __init__(self, payload: Any, channel: Any = None, **kwargs: Any) -> None:
         try:
             super().__init__(payload, channel, **kwargs)
+            names = (self.delivery_tag, self.delivery_info["exchange"], self.delivery_info["routing_key"])
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise Unreadable(type(error).__name__) from error
+        if not all(isinstance(name, str) for name in names):
+            raise Unreadable("a name that is none")
 
 
 class QoS(redis.QoS):

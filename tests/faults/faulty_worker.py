@@ -29,7 +29,6 @@ from typing import Any
 
 from celery.__main__ import main  # pyright: ignore[reportMissingTypeStubs]
 from celery.worker.request import Request  # pyright: ignore[reportMissingTypeStubs]
-from kombu.transport.redis import Channel
 from sqlalchemy import Engine, event
 
 from orchestrator import broker
@@ -38,6 +37,7 @@ from orchestrator.orchestration import WorkflowOrchestrator
 from tests.faults.crashing import about, add_common_points, reach, wrap
 from workers.client import LLMClient
 from workers.runtime import Runtime
+from workers.transport import Channel
 from workers.writer import BatchWriter
 
 KINDS = {batches.Claim: "claim", batches.Settlement: "settle"}

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from orchestrator.broker import CONTROL_QUEUE
+from orchestrator.broker import CONTROL_QUEUE, queue_keys
 from tests.engine import Engine, launch_engine
 from tests.packs import ONE, SURVEY
 from tests.servers import wait_until
@@ -107,8 +107,7 @@ def test_messages_that_are_lost_before_delivery_are_published_again() -> None:
         other = engine.start_run(30, ONE, provider="spare")
         run = engine.start_run(30, ONE)
         with engine.redis() as redis:
-            assert redis.llen(QUEUE) > 0
-            redis.delete(QUEUE)
+            assert redis.delete(*queue_keys(QUEUE)) == 1
             redis.set("llm-orchestrator:broker-has-its-data", "1")
         engine.start_worker([CONTROL_QUEUE, QUEUE])
         began = time.monotonic()
@@ -185,7 +184,21 @@ class TestMessages:
 
     @pytest.mark.parametrize(
         "raw",
-        [b"\x80\x04\x95pickle", b"{", b"null", b"[1, 2, 3]", b"{}", b'{"properties": 5}', b'{"properties": {}}'],
+        [
+            *(b"\x80\x04\x95pickle", b"{", b"null", b"[1, 2, 3]", b"{}", b'{"properties": 5}', b'{"properties": {}}'),
+            *(
+                json.dumps(
+                    {"body": "", "headers": {}, "properties": {"delivery_tag": tag, "delivery_info": info}}
+                ).encode()
+                for tag, info in (
+                    ("t", None),
+                    ("t", {"exchange": "llm"}),
+                    ("t", {"exchange": "llm", "routing_key": 5}),
+                    ([1], {"exchange": "llm", "routing_key": "llm.main"}),
+                    (None, {"exchange": "llm", "routing_key": "llm.main"}),
+                )
+            ),
+        ],
     )
     def test_what_is_no_message_is_dropped_and_the_worker_goes_on(self, target: Engine, raw: bytes) -> None:
         told = target.logs().count("message.dropped")
