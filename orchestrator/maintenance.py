@@ -14,7 +14,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from orchestrator.config import ConfigManager
-from orchestrator.database import AnyRow, Connection, Database, audit, copying, erasing, migrate, reports
+from orchestrator.database import AnyRow, Connection, Database, audit, copying, erasing, reports, revisions
 from orchestrator.database.audit import Change
 from orchestrator.database.runs import OPEN_RUN
 from orchestrator.errors import EnvironmentNotReady, InvalidInput, Problem, WrongState
@@ -213,7 +213,7 @@ class Maintenance:
             revision = copying.revision_of(file)
         except copying.NotACopy as error:
             raise InvalidInput(Problem("backup.unusable", str(error), str(file))) from error
-        if not migrate.is_known(self._database.engine, revision):
+        if not revisions.is_known(revision):
             message = f"it is of revision {revision}, which this release does not know"
             raise InvalidInput(Problem("backup.newer", message, str(file), "install a newer release"))
 

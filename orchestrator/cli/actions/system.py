@@ -17,7 +17,7 @@ from orchestrator.broker import all_queues, worker_command
 from orchestrator.cli.actions.output import Refused, console, facts, put_json, say, table
 from orchestrator.cli.actions.session import load_config, prepare, reading, translated
 from orchestrator.config import ConfigManager
-from orchestrator.database import Database, cache, migrate
+from orchestrator.database import Database, cache, revisions
 from orchestrator.errors import EnvironmentNotReady, ExitCode, Problem, did_you_mean
 from orchestrator.money import usd
 from orchestrator.settings import LLMProviderConfig
@@ -130,7 +130,7 @@ def check_database(*, home: Path | None, as_json: bool) -> None:
 
 
 def _tell_revision(database: Database, as_json: bool) -> None:
-    revision = migrate.current_revision(database.engine)
+    revision = revisions.current_revision(database.engine)
     if as_json:
         put_json({"database": database.address, "revision": revision, "ready": True})
     else:

@@ -10,9 +10,10 @@ from alembic import command
 from alembic.autogenerate import compare_metadata
 from alembic.config import Config
 from alembic.runtime.migration import MigrationContext
+from alembic.script import ScriptDirectory
 from sqlalchemy import Connection, inspect, text
 
-from orchestrator.database import Database, SchemaOutdated, budgets, migrate
+from orchestrator.database import Database, SchemaOutdated, budgets, migrate, revisions
 from orchestrator.database.tables import metadata
 
 UPGRADE = "import sys; from orchestrator.database import Database; Database(sys.argv[1]).migrate()"
@@ -92,7 +93,7 @@ def test_an_upgrade_that_breaks_off_leaves_nothing_behind(empty_url: str, monkey
         patched.setattr(migrate.command, "upgrade", cut)
         with pytest.raises(RuntimeError):
             database.migrate()
-    assert migrate.current_revision(database.engine) is None
+    assert revisions.current_revision(database.engine) is None
     with database.snapshot() as connection:
         assert inspect(connection).get_table_names() == []
     database.migrate()
@@ -100,12 +101,29 @@ def test_an_upgrade_that_breaks_off_leaves_nothing_behind(empty_url: str, monkey
     database.close()
 
 
+def test_revisions_are_known_without_alembic(database: Database):
+    scripts = ScriptDirectory.from_config(migrate._scripts(database.engine))
+    assert list(revisions.known_revisions()) == [one.revision for one in scripts.walk_revisions()][::-1]
+    assert revisions.head_revision() == scripts.get_current_head()
+    with database.snapshot() as connection:
+        told = MigrationContext.configure(connection).get_current_revision()
+    assert revisions.current_revision(database.engine) == told
+
+
+def test_asking_for_the_revision_does_not_load_alembic(database: Database):
+    code = (
+        "import sys; from orchestrator.database import Database; "
+        "Database(sys.argv[1]).check(); assert 'alembic' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code, database.engine.url.render_as_string(hide_password=False)], check=True)
+
+
 def test_an_empty_database_is_outdated(empty_url: str):
     database = Database(empty_url)
     with pytest.raises(SchemaOutdated) as caught:
         database.check()
     assert caught.value.found is None
-    assert caught.value.wanted == migrate.head_revision(database.engine)
+    assert caught.value.wanted == revisions.head_revision()
     assert not database.is_prepared()
     database.close()
 
