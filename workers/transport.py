@@ -23,7 +23,8 @@ from workers.intake import Intake, Line
 log = structlog.get_logger(__name__)
 
 LOOK_AGAIN_S = 0.025
-"""How long to wait for the lines that are wanted while others are full; servers round it up, to a tenth at most."""
+"""How long to wait for the lines that are wanted while others are full; servers round it up, to a tenth at most. Every
+look in vain doubles it: a line is full for as long as the calls of a message take to leave, however slow they are."""
 NOTHING = "nothing"
 """A key that nobody writes: waiting for it is waiting for the time to pass."""
 
@@ -75,6 +76,7 @@ class Channel(redis.Channel):
     Message = Message
     QoS = QoS
     intake = Intake()
+    _look_again_s = LOOK_AGAIN_S
 
     def line_of(self, message: Any) -> int:
         """The line that a message came from."""
@@ -91,7 +93,10 @@ class Channel(redis.Channel):
         wanted = self.intake.wanted(lines)
         # Windows before shards: what they publish is what all wait for.
         keys = [*plain, *(self._q_for_pri(queue, line) for queue, line in wanted)] or [NOTHING]
-        wait_s = (timeout or self.brpop_timeout) if len(wanted) == len(lines) else LOOK_AGAIN_S
+        wait_s = timeout or self.brpop_timeout
+        if len(wanted) < len(lines):
+            wait_s = min(wait_s, self._look_again_s)
+            self._look_again_s *= 2
         self._in_poll = self.client.connection
         self._brpop_sent_at = monotonic()
         command = ["BRPOP", *keys, wait_s]
@@ -101,11 +106,13 @@ class Channel(redis.Channel):
 
     def _brpop_read(self, **options: Any) -> bool | None:
         try:
-            return super()._brpop_read(**options)
+            taken = super()._brpop_read(**options)
         except (Unreadable, JSONDecodeError, UnicodeDecodeError) as error:
             # Not the entry itself: nobody knows what a stranger wrote into it.
             log.error("message.dropped", reason=type(error).__name__)
             raise Empty from error
+        self._look_again_s = LOOK_AGAIN_S
+        return taken
 
 
 class Transport(redis.Transport):
