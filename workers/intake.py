@@ -50,6 +50,12 @@ class Ticket:
         """Says that nothing of it waits any more."""
         self.read(())
 
+    def give_up_unread(self) -> None:
+        """Counts it no more unless it is read; only for the intake, which holds the lock."""
+        before = self.size()
+        self._unread = 0
+        self._count(before)
+
     def size(self) -> int:
         """How many of its calls wait."""
         return self._unread + len(self._waiting)
@@ -88,6 +94,15 @@ class Intake:
         ticket = self._tickets.pop(tag, None)
         if ticket is not None:
             ticket.end()
+
+    def forget_unread(self) -> None:
+        """Counts messages no more that nobody has read yet; those that are read count from then on.
+
+        For a new connection: of what came by a broken one, some may never be read, and would count for ever.
+        """
+        with self.lock:
+            for ticket in self._tickets.values():
+                ticket.give_up_unread()
 
     def wanted(self, lines: Sequence[Line]) -> list[Line]:
         """Those lines from which the next message may come, best first."""

@@ -49,6 +49,10 @@ class Message(virtual.Message):
 class QoS(redis.QoS):
     """Tells the intake what was taken and what is done with."""
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        Channel.intake.forget_unread()
+
     def append(self, message: Any, delivery_tag: str) -> None:
         """Notes a message that was taken."""
         super().append(message, delivery_tag)
@@ -58,13 +62,13 @@ class QoS(redis.QoS):
 
     def ack(self, delivery_tag: str) -> None:
         """Notes that it was worked on."""
-        super().ack(delivery_tag)
         Channel.intake.drop(delivery_tag)
+        super().ack(delivery_tag)
 
     def reject(self, delivery_tag: str, requeue: bool = False) -> None:
         """Notes that it will not be."""
-        super().reject(delivery_tag, requeue)
         Channel.intake.drop(delivery_tag)
+        super().reject(delivery_tag, requeue)
 
 
 class Channel(redis.Channel):

@@ -65,13 +65,28 @@ def test_a_call_that_begins_twice_and_one_of_another_message_count_once_and_neve
     assert A not in intake.wanted(LINES)
 
 
+def test_messages_that_nobody_read_are_forgotten_with_their_connection():
+    intake = Intake()
+    for number in range(MOST_PER_LINE // UNREAD_CALLS):
+        intake.take(str(number), A)
+    fill(intake, B, MOST_PER_LINE)
+    intake.forget_unread()
+    assert intake.wanted(LINES) == [C, A]
+    intake.ticket("0").read(range(MOST_PER_LINE))
+    assert intake.wanted(LINES) == [C]
+
+
 def test_a_message_nobody_noted_has_a_ticket_that_counts_nowhere():
     intake = Intake()
     intake.ticket("unknown").read(range(10**4))
     assert len(intake.wanted(LINES)) == 3
 
 
-@given(st.lists(st.tuples(st.sampled_from(["take", "read", "begin", "end", "drop"]), st.integers(0, 5)), max_size=60))
+@given(
+    st.lists(
+        st.tuples(st.sampled_from(["take", "read", "begin", "end", "forget", "drop"]), st.integers(0, 5)), max_size=60
+    )
+)
 def test_nothing_is_left_when_all_messages_are_gone(events: list[tuple[str, int]]):
     """A count that is never given back would close a line for as long as the process lives."""
     intake, taken = Intake(), set[str]()
@@ -88,6 +103,8 @@ def test_nothing_is_left_when_all_messages_are_gone(events: list[tuple[str, int]
                 intake.ticket(tag).begin(number)
             case "end":
                 intake.ticket(tag).end()
+            case "forget":
+                intake.forget_unread()
             case _:
                 intake.drop(tag)
                 taken.discard(tag)
