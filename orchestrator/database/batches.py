@@ -261,10 +261,15 @@ def settle(connection: Connection, settlements: Sequence[Settlement]) -> list[bo
     booked: list[tuple[AnyRow, ledger.Usage]] = []
     ends: list[tuple[int, runs.CallEnd, runs.CallText | None, int, int, int]] = []
     answers: list[bool] = []
+    told: dict[tuple[int, int], bool] = {}
     for one in settlements:
         row, attempt = rows.get(one.call), attempts.get((one.call, one.number))
         if row is None or attempt is None:
             answers.append(False)
+            continue
+        if (one.call, one.number) in told:
+            # Somebody who was late and somebody who asked the provider may say the same at the same moment.
+            answers.append(told[one.call, one.number])
             continue
         if not _may_change(attempt, one.usage):
             # Already settled: this is the repetition of a commit whose outcome was not known.
@@ -273,6 +278,7 @@ def settle(connection: Connection, settlements: Sequence[Settlement]) -> list[bo
         mine = row.status == "running" and row.fence == one.fence and row.worker_id == one.worker
         mine = mine and attempt.status != "unknown"
         booked.append((attempt, one.usage if mine else _as_stale(one.usage)))
+        told[one.call, one.number] = mine
         answers.append(mine)
         tokens = [min(count, ledger.MOST_TOKENS) for count in (one.usage.input_tokens, one.usage.output_tokens)]
         if mine:
@@ -310,10 +316,16 @@ def _end_of(row: AnyRow, end: runs.CallEnd) -> runs.CallEnd:
 def close(connection: Connection, closings: Sequence[Closing]) -> list[bool]:
     """Moves calls without an attempt; False for those that were not pending, or not held as said, any more."""
     rows = runs.lock_calls(connection, (one.call for one in closings))
-    answers = [one.call in rows and _is_as_said(one, rows[one.call]) for one in closings]
-    ended = [one for one, mine in zip(closings, answers, strict=True) if mine]
-    runs.end_calls(connection, [(one.call, _end_of(rows[one.call], one.end), one.text, 0, 0, 0) for one in ended])
-    windows.note_progress(connection, (rows[one.call].window_id for one in ended))
+    ended: dict[int, Closing] = {}
+    answers: list[bool] = []
+    for one in closings:
+        answers.append(one.call in rows and one.call not in ended and _is_as_said(one, rows[one.call]))
+        if answers[-1]:
+            ended[one.call] = one
+    runs.end_calls(
+        connection, [(one.call, _end_of(rows[one.call], one.end), one.text, 0, 0, 0) for one in ended.values()]
+    )
+    windows.note_progress(connection, (rows[call].window_id for call in ended))
     return answers
 
 

@@ -73,8 +73,8 @@ class RunInAnyOrder(RuleBasedStateMachine):
         assert self.stage.claim(wish) == [answer], "a repeated claim gets the same answer"
         return ordinal, worker, answer, worst
 
-    @rule(target=written, grant=consumes(grants), end=ends, share=st.sampled_from((0, 1, 2, 3)))
-    def settle(self, grant: Any, end: tuple[Any, CallEnd], share: int) -> Settlement:
+    @rule(target=written, grant=consumes(grants), end=ends, share=st.sampled_from((0, 1, 2, 3)), twice=st.booleans())
+    def settle(self, grant: Any, end: tuple[Any, CallEnd], share: int, twice: bool) -> Settlement:
         ordinal, worker, claimed, worst = grant
         status, after = end
         # Half of the worst price, all of it, or, as no honest provider does, more.
@@ -82,7 +82,9 @@ class RunInAnyOrder(RuleBasedStateMachine):
         if after.status == "completed":
             after = CallEnd("completed", result=f'"{next(self.answers)}"')
         one = self.stage.settlement(ordinal, claimed, Usage(status, cost_nusd=cost), after, worker)
-        self.stage.settle(one)
+        # In one batch, too, somebody may say what another says.
+        told = self.stage.settle(*[one] * (2 if twice else 1))
+        assert len(set(told)) == 1
         return one
 
     @rule(one=written)

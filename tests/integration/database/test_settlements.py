@@ -1,11 +1,12 @@
 """What an attempt turned out to be: booked once, to the right call, whoever tells and however often."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from sqlalchemy import text
 
-from orchestrator.database import Database, cache, costs, windows
+from orchestrator.database import Database, batches, cache, costs, windows
 from orchestrator.database.batches import Claimed
 from orchestrator.database.cache import CacheEntry
 from orchestrator.database.ledger import Usage
@@ -213,6 +214,32 @@ def test_a_batch_answers_in_order_and_mixes_outcomes(stage: Stage):
     assert [stage.row(n).status for n in range(4)] == ["failed", "completed", "pending", "pending"]
     assert stage.money().spent_nusd == 11
     stage.check_books()
+
+
+def test_what_two_say_of_one_attempt_in_one_batch_is_booked_once(stage: Stage):
+    """The one is the worker that was taken for dead, the other has asked the provider what became of the attempt."""
+    grant = lose(stage, 0)
+    late = stage.settlement(0, grant, Usage("ok", cost_nusd=33), ANSWERED)
+    told = stage.settlement(0, replace(grant, fence=-1), Usage("ok", cost_nusd=33), CallEnd("running"), worker="")
+    assert stage.settle(late, told) == [False, False]
+    assert stage.row(0).cost_nusd == 33
+    assert stage.money().spent_nusd == 33
+    stage.check_books()
+
+
+def test_one_settlement_twice_in_one_batch_is_booked_once(stage: Stage):
+    one = stage.settlement(0, stage.claimed(0), Usage("ok", cost_nusd=33), ANSWERED)
+    assert stage.settle(one, one) == [True, True]
+    assert stage.money().spent_nusd == 33
+    stage.check_books()
+
+
+def test_a_call_is_closed_once_however_often_a_batch_says_so(stage: Stage):
+    one = batches.Closing(stage.calls[0], CallEnd("skipped", error_code="condition"))
+    other = batches.Closing(stage.calls[0], CallEnd("failed", error_code="prompt"))
+    with stage.database.transaction() as connection:
+        assert batches.close(connection, [one, other, one]) == [True, False, False]
+    assert (stage.row(0).status, stage.row(0).error_code) == ("skipped", "condition")
 
 
 def test_two_attempts_of_one_call_settle_in_one_batch(stage: Stage):
