@@ -194,11 +194,25 @@ class WorkflowOrchestrator:
             case _:
                 return False, []
 
+    def fill_lanes(self, run: AnyRow) -> None:
+        """Opens further windows of a run of which none was closed, when the open ones wait for few calls.
+
+        Slow calls keep a window open for as long as they take; the lane goes on without them. Safe to repeat.
+
+        Args:
+            run: its id, segment and spec (`windows.runs_with_pending`).
+        """
+        with self._database.snapshot() as connection:
+            free = _free_lanes(connection, run.id, read_spec(run.spec), int(run.segment))
+        if free:
+            self.coordinate_steps(run.id)
+
     def _fill_lanes(self, connection: Connection, row: AnyRow, spec: RunSpec, segment: Segment) -> list[Publication]:
+        free = _free_lanes(connection, row.id, spec, segment.number)
         return [
             # A window that was open before has its calls: it waits for a lane again after a retry.
             self._open(connection, row, window, [] if window.round else _item_calls(row.id, spec, segment, window))
-            for window in windows.next_for_lanes(connection, row.id, segment.number, spec.lanes)
+            for window in windows.next_pending(connection, row.id, segment.number, free)
         ]
 
     def _open(self, connection: Connection, run: AnyRow, window: AnyRow, calls: list[dict[str, Any]]) -> Publication:
@@ -322,6 +336,16 @@ class WorkflowOrchestrator:
                 connection, run, outcome.status, outcome.reason, sources=("running",)
             ):
                 log.info("run.ended", run=row.run_id, status=outcome.status, reason=outcome.reason)
+
+
+def _free_lanes(connection: Connection, run: int, spec: RunSpec, number: int) -> int:
+    open_windows = windows.count_open(connection, run)
+    if open_windows < spec.lanes:
+        return spec.lanes - open_windows
+    segment = planning.segments(spec.workflow)[number]
+    found = windows.open_calls_by_step(connection, run, number)
+    busy = sum(not planning.is_trailing(segment, items, open_calls) for items, open_calls in found)
+    return planning.free_lanes(spec.lanes, open_windows, busy)
 
 
 def _patience(calls: Sequence[AnyRow]) -> float:

@@ -14,6 +14,10 @@ from itertools import groupby
 
 from orchestrator.workflow import Step, Workflow
 
+MOST_PER_LANE = 10
+"""Windows that may be open for each lane, trailing ones included: what bounds the rows and messages of a run."""
+TRAILING_SHARE = 10
+"""A window is trailing when one of so many of its items is still at work."""
 MAX_LEVELS = 4
 """Levels published in one canvas: every further one lies inside the messages of those before. Later levels are left
 to the window's next round."""
@@ -120,6 +124,29 @@ def _shards(calls: Iterable[OpenCall], size: int) -> Iterator[Shard]:
                 end += 1
             yield Shard(step, provider, ordinals[start], ordinals[end - 1])
             start = end
+
+
+def is_trailing(segment: Segment, items: int, open_calls: Mapping[str, int]) -> bool:
+    """Whether a window only waits for the last few calls of the level that is at work.
+
+    Args:
+        segment: where the steps stand.
+        items: how many items the window has.
+        open_calls: of each step that has any.
+    """
+    at_work = next((level for level in segment.levels if any(step in open_calls for step in level)), ())
+    return sum(open_calls.get(step, 0) for step in at_work) * TRAILING_SHARE <= items
+
+
+def free_lanes(lanes: int, open_windows: int, busy: int) -> int:
+    """How many windows may be opened: one for each lane without a busy window, within bounds.
+
+    Args:
+        lanes: of the run.
+        open_windows: how many there are.
+        busy: those of them that are not trailing.
+    """
+    return max(0, min(lanes - busy, lanes * MOST_PER_LANE - open_windows))
 
 
 def shard_size_for(calls: int, wanted: int, parallel: int = 8) -> int:

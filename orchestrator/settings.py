@@ -137,7 +137,7 @@ class WorkerSettings(_Section):
     stall_s: Seconds = Field(default=60.0, alias="stall_seconds")
     """Work that waits and does not move for so long is a stall: it is logged, and healed as far as a worker can."""
     lanes: int = Field(default=4, ge=1, le=1_000)
-    """Windows of one run that are in flight."""
+    """Windows of one run that are busy; one that only waits for its last calls does not count."""
     window_size: int = Field(default=1_000, ge=1, le=100_000)
     """Items per window."""
     shard_size: int = Field(default=50, ge=1, le=1_000)

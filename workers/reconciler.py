@@ -213,12 +213,15 @@ class Reconciler:
             due = windows.due_or_silent(connection, SILENT_S)
             lost = self._lost(connection, [window for window in due if window.silence_s is not None], queued)
             idle = runs.idle_runs(connection)
+            waiting = windows.runs_with_pending(connection)
             self._tell_of_producers(connection)
         for window in due:
             if window.silence_s is None or window.id in lost:
                 self._tend(window.run, partial(self._orchestrator.close_window, window.id, due=True))
         for run in idle:
             self._tend(run, partial(self._orchestrator.coordinate_steps, run))
+        for row in waiting:
+            self._tend(row.id, partial(self._orchestrator.fill_lanes, row))
 
     def _begin_day(self) -> None:
         """Lets runs go on that were paused for the budget of a day which is over."""

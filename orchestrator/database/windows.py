@@ -12,7 +12,21 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
-from sqlalchemy import BigInteger, Connection, and_, bindparam, case, exists, func, insert, null, or_, select, update
+from sqlalchemy import (
+    BigInteger,
+    ColumnElement,
+    Connection,
+    and_,
+    bindparam,
+    case,
+    exists,
+    func,
+    insert,
+    null,
+    or_,
+    select,
+    update,
+)
 
 from orchestrator.database.engine import NOW, AnyRow
 from orchestrator.database.tables import llm_usage, prompt_executions, windows, workflow_executions
@@ -66,17 +80,49 @@ def find_reduce(connection: Connection, run: int, segment: int, step: str) -> An
     return connection.execute(query).one_or_none()
 
 
-def next_for_lanes(connection: Connection, run: int, segment: int, lanes: int) -> list[AnyRow]:
-    """Pending windows of items of a segment that may be opened now: as many as lanes are free."""
-    own = _windows.workflow_execution_id == run
-    at_work = connection.execute(select(func.count()).where(own, _windows.status == "open")).scalar_one()
+def next_pending(connection: Connection, run: int, segment: int, most: int) -> list[AnyRow]:
+    """The next pending windows of items of a segment, in their order."""
     query = (
         select(windows)
-        .where(own, _windows.segment == segment, _windows.step.is_(None), _windows.status == "pending")
+        .where(*_of_items(run, segment), _windows.status == "pending")
         .order_by(_windows.number)
-        .limit(max(0, lanes - at_work))
+        .limit(max(0, most))
     )
     return list(connection.execute(query))
+
+
+def count_open(connection: Connection, run: int) -> int:
+    """How many windows of a run are open."""
+    own = _windows.workflow_execution_id == run
+    return connection.execute(select(func.count()).where(own, _windows.status == "open")).scalar_one()
+
+
+def open_calls_by_step(connection: Connection, run: int, segment: int) -> list[tuple[int, dict[str, int]]]:
+    """For every open window of items of a segment: how many items it has, and how many calls of each step are open."""
+    calls = prompt_executions.c
+    query = (
+        select(_windows.id, _windows.first_ordinal, _windows.last_ordinal, calls.prompt_name, func.count())
+        .join(prompt_executions, calls.window_id == _windows.id)
+        .where(*_of_items(run, segment), _windows.status == "open", calls.status.in_(("pending", "running")))
+        .group_by(_windows.id, _windows.first_ordinal, _windows.last_ordinal, calls.prompt_name)
+    )
+    found: dict[int, tuple[int, dict[str, int]]] = {}
+    for window, first, last, step, count in connection.execute(query):
+        found.setdefault(window, (last - first + 1, {}))[1][step] = count
+    return list(found.values())
+
+
+def runs_with_pending(connection: Connection) -> list[AnyRow]:
+    """Running runs with windows of items that wait for a lane: id, segment, spec."""
+    waits = exists().where(
+        _windows.workflow_execution_id == _runs.id, _windows.segment == _runs.segment, _windows.status == "pending"
+    )
+    query = select(_runs.id, _runs.segment, _runs.spec).where(_runs.status == "running", _runs.phase == "items", waits)
+    return list(connection.execute(query))
+
+
+def _of_items(run: int, segment: int) -> tuple[ColumnElement[bool], ...]:
+    return _windows.workflow_execution_id == run, _windows.segment == segment, _windows.step.is_(None)
 
 
 def has_windows(connection: Connection, run: int, segment: int) -> bool:

@@ -10,7 +10,7 @@ from orchestrator.database.ledger import Usage
 from orchestrator.database.runs import CallEnd
 from orchestrator.database.tables import prompt_executions, workflow_executions
 from orchestrator.database.tables import windows as table
-from tests.integration.database.stage import Stage, call_row
+from tests.integration.database.stage import STEP, Stage, call_row
 
 
 def window(stage: Stage) -> Row[Any]:
@@ -115,16 +115,29 @@ def test_a_call_exists_once_per_item_and_repeat(stage: Stage):
         connection.execute(prompt_executions.insert().values(**row))
 
 
-def test_lanes_are_filled_in_order_and_not_beyond_their_number(stage: Stage):
+def test_pending_windows_of_items_are_opened_in_order(stage: Stage):
     with stage.database.transaction() as connection:
         added = intake.add_windows(connection, stage.run, 0, [(4, 5), (6, 7), (8, 9)])
         later = intake.add_windows(connection, stage.run, 1, [(0, 3)])
-        assert [one.id for one in windows.next_for_lanes(connection, stage.run, 0, 3)] == added[:2]
-        assert windows.next_for_lanes(connection, stage.run, 0, 1) == []
-        assert [one.id for one in windows.next_for_lanes(connection, stage.run, 1, 2)] == later
+        assert windows.count_open(connection, stage.run) == 1
+        assert [one.id for one in windows.next_pending(connection, stage.run, 0, 2)] == added[:2]
+        assert windows.next_pending(connection, stage.run, 0, 0) == []
+        assert windows.next_pending(connection, stage.run, 0, -3) == []
+        assert [one.id for one in windows.next_pending(connection, stage.run, 1, 2)] == later
         assert windows.has_unclosed(connection, stage.run, 0)
         assert windows.has_unclosed(connection, stage.run, 1)
         assert not windows.has_unclosed(connection, stage.run, 2)
+
+
+def test_open_calls_are_counted_by_window_and_step(stage: Stage):
+    with stage.database.transaction() as connection:
+        (other,) = intake.add_windows(connection, stage.run, 0, [(4, 13)])
+        windows.open_pending(connection, other, [call_row(stage.run, ordinal, "later") for ordinal in range(4, 10)])
+        found = dict(windows.open_calls_by_step(connection, stage.run, 0))
+        assert found[10] == {"later": 6}
+        assert set(found) == {10, 4}
+        assert found[4].keys() == {STEP}
+        assert windows.open_calls_by_step(connection, stage.run, 1) == []
 
 
 def test_rounds_are_counted_and_a_round_ends_the_waiting(stage: Stage):
@@ -198,7 +211,7 @@ def test_a_closed_window_neither_wakes_nor_waits_and_may_be_taken_back(stage: St
         windows.take_back(connection, stage.run, [stage.window], behind=0)
     assert window(stage).status == "pending"
     with stage.database.transaction() as connection:
-        assert [one.id for one in windows.next_for_lanes(connection, stage.run, 0, 2)] == [stage.window]
+        assert [one.id for one in windows.next_pending(connection, stage.run, 0, 2)] == [stage.window]
         windows.open_pending(connection, stage.window, [])
     assert window(stage).status == "open"
 

@@ -13,6 +13,8 @@ from orchestrator.planning import (
     Shard,
     calls_per_item,
     canvas,
+    free_lanes,
+    is_trailing,
     needed_answers,
     redo,
     reduce_calls,
@@ -179,6 +181,31 @@ def test_nothing_open_makes_no_canvas():
 )
 def test_a_small_window_is_spread_over_workers(calls: int, wanted: int, expected: int):
     assert shard_size_for(calls, wanted) == expected
+
+
+@pytest.mark.parametrize(
+    ("open_calls", "expected"),
+    [
+        ({"first": 100, "second": 100}, False),
+        ({"first": 11, "second": 100}, False),
+        # What waits for the first level cannot be asked anyway.
+        ({"first": 10, "second": 100}, True),
+        ({"second": 11}, False),
+        ({"second": 3}, True),
+        ({}, True),
+    ],
+)
+def test_a_window_is_trailing_when_few_calls_of_its_level_are_open(open_calls: dict[str, int], expected: bool):
+    segment = Segment(0, (("first",), ("second",)), ())
+    assert is_trailing(segment, 100, open_calls) is expected
+
+
+@pytest.mark.parametrize(
+    ("open_windows", "busy", "expected"),
+    [(0, 0, 4), (4, 4, 0), (4, 3, 1), (8, 2, 2), (38, 0, 2), (40, 0, 0), (45, 1, 0)],
+)
+def test_a_lane_is_free_when_its_window_is_trailing_within_bounds(open_windows: int, busy: int, expected: int):
+    assert free_lanes(4, open_windows, busy) == expected
 
 
 def test_calls_are_counted_with_repeats():
