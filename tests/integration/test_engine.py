@@ -7,6 +7,7 @@ from dataclasses import fields
 
 import pytest
 
+from orchestrator.broker import LINES
 from orchestrator.database import budgets
 from orchestrator.errors import OrchestratorError
 from tests.engine import Engine, launch_engine
@@ -360,6 +361,27 @@ class TestLimits:
             assert all(late < 0.4 for late in early)
             assert len(log.statuses()) == 2
             assert log.statuses()[429] == 1
+
+
+class TestLines:
+    def test_more_runs_than_lines_share_them(self) -> None:
+        with launch_engine(workers=2) as engine:
+            started = [engine.start_run(20, SURVEY, salt=f"run {number}") for number in range(LINES + 3)]
+            for run in started:
+                assert engine.wait(run)["status"] == "completed"
+                engine.check(run)
+
+    def test_installations_that_share_a_broker_keep_to_their_prefixes(self) -> None:
+        with launch_engine(settings={"storage": {"queue_prefix": "mine."}}, workers=1) as engine:
+            with engine.redis() as redis:
+                redis.lpush("llm.main", "somebody else's")
+            run = engine.start_run(30, GRAPH)
+            assert engine.wait(run)["status"] == "completed"
+            engine.check(run)
+            with engine.redis() as redis:
+                names = {key.decode() for key in redis.scan_iter()}
+                assert redis.llen("llm.main") == 1
+            assert {name for name in names if not name.startswith("mine.")} == {"llm.main"}
 
 
 class TestDrain:
