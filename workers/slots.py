@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 
 @dataclass(slots=True)
-class _Line:
+class _Waiting:
     """The calls of a run that wait.
 
     Attributes:
@@ -30,7 +30,7 @@ class Slots:
 
     def __init__(self, size: int) -> None:
         self._free = size
-        self._lines: dict[int, _Line] = {}
+        self._waiting: dict[int, _Waiting] = {}
         self._now = 0.0
 
     def place(self, run: int, weight: float) -> "_Place":
@@ -43,11 +43,11 @@ class Slots:
             self._free -= 1
             return
         place: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        line = self._lines.get(run)
-        if line is None:
-            line = self._lines[run] = _Line(self._now + 1 / weight, 1 / weight)
-        line.stride = 1 / weight
-        line.places.append(place)
+        waiting = self._waiting.get(run)
+        if waiting is None:
+            waiting = self._waiting[run] = _Waiting(self._now + 1 / weight, 1 / weight)
+        waiting.stride = 1 / weight
+        waiting.places.append(place)
         try:
             await place
         except asyncio.CancelledError:
@@ -57,14 +57,14 @@ class Slots:
 
     def release(self) -> None:
         """Gives a place back, to whoever is next."""
-        while self._lines:
-            run, line = min(self._lines.items(), key=lambda waiting: waiting[1].at)
-            place = line.places.popleft()
-            if not line.places:
-                del self._lines[run]
+        while self._waiting:
+            run, waiting = min(self._waiting.items(), key=lambda one: one[1].at)
+            place = waiting.places.popleft()
+            if not waiting.places:
+                del self._waiting[run]
             if not place.done():
-                self._now = line.at
-                line.at += line.stride
+                self._now = waiting.at
+                waiting.at += waiting.stride
                 place.set_result(None)
                 return
         self._free += 1

@@ -9,6 +9,7 @@ from typing import Any, Literal
 from sqlalchemy import ColumnElement, Connection, Label, RowMapping, Select, func, literal, or_, select
 
 from orchestrator.database import windows
+from orchestrator.database.runs import OPEN_RUN
 from orchestrator.database.tables import ATTEMPT_STATES, budgets, llm_usage, workflow_executions
 from orchestrator.money import usd
 
@@ -114,6 +115,6 @@ def totals(connection: Connection, run: int) -> dict[str, int]:
 def current_scopes(connection: Connection) -> list[str]:
     """The names of all budgets but those of runs that have ended."""
     own = literal("run:") + _runs.id.cast(budgets.c.scope.type)
-    of_open_runs = select(own).where(_runs.status.in_(("pending", "running", "paused")))
+    of_open_runs = select(own).where(_runs.status.in_(OPEN_RUN))
     wanted = or_(~budgets.c.scope.startswith("run:"), budgets.c.scope.in_(of_open_runs))
     return list(connection.execute(select(budgets.c.scope).where(wanted)).scalars())

@@ -30,11 +30,10 @@ from sqlalchemy import (
 
 from orchestrator.database.engine import NOW, AnyRow
 from orchestrator.database.given import Given
-from orchestrator.database.tables import prompt_executions, windows, workflow_executions
+from orchestrator.database.tables import OPEN_CALL, prompt_executions, windows, workflow_executions
 
 CallStatus = Literal["pending", "running", "completed", "failed", "skipped", "cancelled"]
 RunStatus = Literal["pending", "running", "paused", "completed", "failed", "cancelled"]
-OPEN_CALL = ("pending", "running")
 OPEN_RUN = ("pending", "running", "paused")
 UNKNOWN_OUTCOME = "unknown_outcome"  # error code of a call: nobody knows what became of its last attempt
 POISON_AFTER = 3

@@ -34,6 +34,7 @@ RUN_STATES = ("pending", "running", "paused", "completed", "failed", "cancelled"
 CALL_STATES = ("pending", "running", "completed", "failed", "skipped", "cancelled")
 ATTEMPT_STATES = ("reserved", "sent", "ok", "bad_output", "refused", "retryable", "fatal", "unknown", "stale")
 WINDOW_STATES = ("pending", "open", "closed")
+OPEN_CALL = ("pending", "running")
 
 metadata = MetaData(
     naming_convention={

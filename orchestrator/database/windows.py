@@ -29,7 +29,7 @@ from sqlalchemy import (
 )
 
 from orchestrator.database.engine import NOW, AnyRow
-from orchestrator.database.tables import llm_usage, prompt_executions, windows, workflow_executions
+from orchestrator.database.tables import OPEN_CALL, llm_usage, prompt_executions, windows, workflow_executions
 
 _calls = prompt_executions.c
 _windows = windows.c
@@ -103,7 +103,7 @@ def open_calls_by_step(connection: Connection, run: int, segment: int) -> list[t
     query = (
         select(_windows.id, _windows.first_ordinal, _windows.last_ordinal, calls.prompt_name, func.count())
         .join(prompt_executions, calls.window_id == _windows.id)
-        .where(*_of_items(run, segment), _windows.status == "open", calls.status.in_(("pending", "running")))
+        .where(*_of_items(run, segment), _windows.status == "open", calls.status.in_(OPEN_CALL))
         .group_by(_windows.id, _windows.first_ordinal, _windows.last_ordinal, calls.prompt_name)
     )
     found: dict[int, tuple[int, dict[str, int]]] = {}

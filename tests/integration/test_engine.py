@@ -7,7 +7,6 @@ from dataclasses import fields
 
 import pytest
 
-from orchestrator.broker import LINES
 from orchestrator.database import budgets
 from orchestrator.errors import OrchestratorError
 from tests.engine import Engine, launch_engine
@@ -257,7 +256,7 @@ class TestWindows:
         """200 items in windows of 20, two lanes: while nothing is answered, only 40 items have calls."""
         settings = {"worker": {"window_size": 20, "lanes": 2, "shard_size": 10}}
         query = "SELECT count(DISTINCT item_ordinal) AS items FROM prompt_executions WHERE workflow_execution_id = :run"
-        with launch_engine(settings=settings, fakes={"main": {"latency_s": 3.0}}, workers=1) as engine:
+        with launch_engine(settings=settings, fakes={"main": {"latency_s": 6.0}}, workers=1) as engine:
             run = engine.start_run(200, GRAPH)
             engine.wait_received(40)
             assert engine.rows(query, run=run.run)[0].items == 40
@@ -302,29 +301,12 @@ class TestLimits:
             # Busy machines wake senders late; `python -m benchmarks.limiter` measures the real share.
             assert used >= 0.8
 
-    def test_a_small_run_gets_its_share_while_a_large_one_has_all_its_windows_out(self) -> None:
-        """The large run's 120 shards were published before the small one began; they are 300 s of the limit.
-
-        Counted in calls, because time says nothing on a busy machine: at equal shares as many calls of the large run as
-        of the small one leave until the small one is done, and what had its permit before.
-        """
-        limits = {"rate_limit_rpm": 1200, "burst": 20}
-        with launch_engine(providers={"main": limits}, workers=1) as engine:
-            engine.start_run(6000, ONE)
-            engine.wait_received(60)
-            before = engine.fake.provider.number
-            small = engine.start_run(40, ONE, salt="small")
-            assert engine.wait(small)["status"] == "completed"
-            meanwhile = engine.fake.provider.number - before
-            print(f"40 calls beside 6,000: done after {meanwhile} calls of both")
-            assert meanwhile <= 3 * 40
-
     def test_calls_that_wait_for_their_second_try_keep_no_worker_from_the_first_tries_of_others(self) -> None:
-        """Every shard has a call that is told to come back in 5 s; the worker has no place for all those shards."""
+        """Every shard has a call that is told to come back in 8 s: more shards than a worker would have places for."""
         settings = {"worker": {"concurrency": 10, "shard_size": 5}}
         with launch_engine(settings=settings, fakes={"main": {"latency_s": 0.02}}, workers=1) as engine:
             # Every fifth of the first 300 requests, at one request per call: 60 shards that wait.
-            later = [_overloaded(5) if number % 5 == 0 else "ok" for number in range(300)]
+            later = [_overloaded(8) if number % 5 == 0 else "ok" for number in range(300)]
             engine.fake.control(*later)
             run = engine.start_run(400, ONE)
             assert engine.wait(run)["status"] == "completed"
@@ -332,8 +314,8 @@ class TestLimits:
             sent = sorted(line.mono for line in engine.fake.log().received)
             refused = [line.mono for line in engine.fake.log().answered if line.status == 503]
             took_s = sent[399] - sent[0]
-            print(f"400 calls begun in {took_s:.2f} s, {len(refused)} of them told to come back in 5 s")
-            assert sum(moment < refused[0] + 5 for moment in sent) >= 400
+            print(f"400 calls begun in {took_s:.2f} s, {len(refused)} of them told to come back in 8 s")
+            assert sum(moment < refused[0] + 8 for moment in sent) >= 400
 
     def test_tokens_are_paced_by_what_calls_really_used(self) -> None:
         with launch_engine(providers={"main": {"rate_limit_tpm": 60_000}}, workers=1) as engine:
@@ -361,27 +343,6 @@ class TestLimits:
             assert all(late < 0.4 for late in early)
             assert len(log.statuses()) == 2
             assert log.statuses()[429] == 1
-
-
-class TestLines:
-    def test_more_runs_than_lines_share_them(self) -> None:
-        with launch_engine(workers=2) as engine:
-            started = [engine.start_run(20, SURVEY, salt=f"run {number}") for number in range(LINES + 3)]
-            for run in started:
-                assert engine.wait(run)["status"] == "completed"
-                engine.check(run)
-
-    def test_installations_that_share_a_broker_keep_to_their_prefixes(self) -> None:
-        with launch_engine(settings={"storage": {"queue_prefix": "mine."}}, workers=1) as engine:
-            with engine.redis() as redis:
-                redis.lpush("llm.main", "somebody else's")
-            run = engine.start_run(30, GRAPH)
-            assert engine.wait(run)["status"] == "completed"
-            engine.check(run)
-            with engine.redis() as redis:
-                names = {key.decode() for key in redis.scan_iter()}
-                assert redis.llen("llm.main") == 1
-            assert {name for name in names if not name.startswith("mine.")} == {"llm.main"}
 
 
 class TestDrain:
@@ -414,7 +375,7 @@ class TestDrain:
 
     def test_calls_that_outlast_the_grace_are_booked_as_unknown(self) -> None:
         settings = {"worker": {"drain_seconds": 1.0}}
-        with launch_engine(settings=settings, fakes={"main": {"latency_s": 3.0}}, workers=1) as engine:
+        with launch_engine(settings=settings, fakes={"main": {"latency_s": 6.0}}, workers=1) as engine:
             run = engine.start_run(10, ONE)
             engine.wait_received(10)
             took_s = engine.workers[0].sigterm()

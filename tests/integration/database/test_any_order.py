@@ -27,7 +27,7 @@ from orchestrator.database import Database, batches, fleet, runs
 from orchestrator.database.batches import Claimed, Settlement
 from orchestrator.database.ledger import Usage
 from orchestrator.database.runs import OPEN_RUN, CallEnd
-from orchestrator.database.tables import llm_usage, prompt_executions, workers
+from orchestrator.database.tables import OPEN_CALL, llm_usage, prompt_executions, workers
 from tests.integration.database.stage import Stage
 
 CALLS = 3
@@ -142,8 +142,8 @@ class RunInAnyOrder(RuleBasedStateMachine):
         for ordinal in range(CALLS):
             call = self.stage.row(ordinal)
             seen = (call.status, call.result, call.error_code)
-            assert self.ended.setdefault(ordinal, seen) == seen if call.status not in runs.OPEN_CALL else True
-            assert call.status not in runs.OPEN_CALL or ordinal not in self.ended
+            assert self.ended.setdefault(ordinal, seen) == seen if call.status not in OPEN_CALL else True
+            assert call.status not in OPEN_CALL or ordinal not in self.ended
             assert call.fence >= self.fences[ordinal]
             self.fences[ordinal] = call.fence
 
