@@ -15,7 +15,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from orchestrator.broker import all_queues, worker_command
 from orchestrator.config import ConfigManager
 from orchestrator.manager import RunRequest, StartedRun, WorkflowManager
 from tests.fakes.provider_server import RunningServer, running_server
+from tests.fakes.provider_service import ServerOptions
 from tests.history import History, check_history
 from tests.packs import SURVEY, Pack
 from tests.servers import ValkeyServer, start_valkey, wait_until
@@ -36,6 +37,7 @@ INPUT_USD_PER_1K, OUTPUT_USD_PER_1K = "0.01", "0.03"
 ENDED = ("completed", "failed", "cancelled")
 GENEROUS = {"rate_limit_rpm": 6_000_000, "rate_limit_tpm": 90_000_000_000, "concurrency": 5_000, "burst": 100_000}
 HEARTBEAT_S, LEASE_S = 0.4, 2.0
+GOOD_BEHAVIOUR = {option.name: option.default for option in fields(ServerOptions) if option.name != "log"}
 
 
 @dataclass
@@ -200,6 +202,22 @@ class Engine:
 
     def logs(self) -> str:
         return "\n".join(f"== worker {at}\n{worker.log()}" for at, worker in enumerate(self.workers))
+
+    def calm(self) -> "Engine":
+        """The installation as it was at first, for the next test that shares it: nothing is on its way any more.
+
+        What the last test left behind would take up the faults that the next one scripts, and count as its requests.
+        """
+        for row in self.rows("SELECT run_id FROM workflow_executions WHERE status IN ('pending', 'running', 'paused')"):
+            self.manager.cancel(row.run_id)
+        left = "SELECT count(*) FROM llm_usage WHERE status IN ('reserved', 'sent')"
+        for fake in self.fakes.values():
+            fake.control(reset=True, **GOOD_BEHAVIOUR)
+        wait_until(lambda: self.rows(left)[0][0] == 0, 30, 0.02)
+        for name, fake in self.fakes.items():
+            fake.control(reset=True)
+            self.manager.clear_limits(name)
+        return self
 
     def stop(self) -> None:
         """Ends every worker at once."""

@@ -3,7 +3,6 @@
 import json
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import fields
 from decimal import Decimal
 from pathlib import Path
 
@@ -14,11 +13,9 @@ from orchestrator.errors import InvalidInput, WrongState
 from orchestrator.maintenance import Maintenance
 from orchestrator.manager import RunRequest, StartedRun
 from tests.engine import Engine, launch_engine
-from tests.fakes.provider_service import ServerOptions
 from tests.packs import ONE, SURVEY, one_step
 from tests.servers import wait_until
 
-DEFAULTS = {field.name: field.default for field in fields(ServerOptions) if field.name != "log"}
 IN_FORCE_S = 5.0
 SLOW = {"main": {"latency_s": 0.3}}
 
@@ -33,10 +30,7 @@ def installation() -> Iterator[Engine]:
 @pytest.fixture
 def engine(installation: Engine) -> Engine:
     """The shared installation with providers that behave well, and limits as configured."""
-    for fake in installation.fakes.values():
-        fake.control(reset=True, **DEFAULTS)
-    installation.manager.clear_limits("main")
-    return installation
+    return installation.calm()
 
 
 def changes(engine: Engine, run: StartedRun) -> list[str]:

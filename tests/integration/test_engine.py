@@ -3,19 +3,15 @@
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import fields
 
 import pytest
 
 from orchestrator.database import budgets
 from orchestrator.errors import OrchestratorError
 from tests.engine import Engine, launch_engine
-from tests.fakes.provider_service import ServerOptions
 from tests.packs import CHOOSY, GRAPH, ONE, SURVEY, one_step
 from tests.servers import wait_until
 from tests.strict_limits import token_bucket
-
-DEFAULTS = {field.name: field.default for field in fields(ServerOptions) if field.name != "log"}
 
 
 def _overloaded(retry_after_s: int) -> dict[str, object]:
@@ -36,9 +32,7 @@ def installation() -> Iterator[Engine]:
 @pytest.fixture
 def engine(installation: Engine) -> Engine:
     """The shared installation with providers that behave well."""
-    for fake in installation.fakes.values():
-        fake.control(reset=True, **DEFAULTS)
-    return installation
+    return installation.calm()
 
 
 class TestAnswers:
