@@ -1,6 +1,7 @@
 """Servers that tests share: one Valkey and one Postgres per test session, clean for every test."""
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from typing import Any
 
 import pytest
 from redis import Redis
@@ -19,6 +20,18 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         for name, value in report.user_properties:
             if name == "told":
                 terminalreporter.write_line(f"{report.nodeid}: {value}")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Adds what the workers of a shared installation said to the report of a test that failed."""
+    report = yield
+    held: dict[str, Any] = getattr(item, "funcargs", {})
+    for name, value in held.items() if report.failed else ():
+        logs = getattr(getattr(value, "engine", value), "logs", None)
+        if callable(logs):
+            report.sections.append((f"logs of {name}", str(logs())[-8000:]))
+    return report
 
 
 @pytest.fixture(scope="session")
