@@ -136,6 +136,8 @@ class WorkerSettings(_Section):
     """How long calls in flight may go on after SIGTERM."""
     stall_s: Seconds = Field(default=60.0, alias="stall_seconds")
     """Work that waits and does not move for so long is a stall: it is logged, and healed as far as a worker can."""
+    outage_s: Seconds = Field(default=3600.0, alias="outage_seconds")
+    """How long runs wait for a provider that answers nobody before they are paused."""
     lanes: int = Field(default=4, ge=1, le=1_000)
     """Windows of one run that are busy; one that only waits for its last calls does not count."""
     window_size: int = Field(default=1_000, ge=1, le=100_000)

@@ -22,6 +22,7 @@ from workers.cached import CachedAnswer
 from workers.intake import Ticket
 from workers.limiter import Pool, PoolLimits, Wider
 from workers.prepared import PreparedRun, Prompt, StepKit, cache_key
+from workers.retry import Outage
 from workers.slots import Slots
 
 MAX_REASK_CHARS = 4_000
@@ -100,7 +101,7 @@ class Asking:
 
 @dataclass(frozen=True, slots=True)
 class Sent:
-    """An attempt that left, and what came of it."""
+    """An attempt that left, and what came of it; `outage` is what its failure is part of, None for nothing."""
 
     route: Route
     request: ChatRequest
@@ -108,6 +109,7 @@ class Sent:
     outcome: ChatReply | ProviderError
     latency_ms: int
     worst_nusd: int
+    outage: Outage | None = None
 
 
 def job_of(run: PreparedRun, kit: StepKit, call: PendingCall, prompt: Prompt, ticket: Ticket) -> Job:

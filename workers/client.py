@@ -22,25 +22,15 @@ from orchestrator.results import Answer
 from orchestrator.runspec import Route
 from providers.errors import ProviderError
 from providers.messages import ChatReply, ChatRequest, Usage
-from providers.pricing import affordable_cap
 from workers import charges, retry
-from workers.asking import (
-    Asking,
-    Gate,
-    Job,
-    Sent,
-    claim_of,
-    input_tokens,
-    input_upper,
-    request_of,
-    shares_answers,
-    worst_price,
-)
+from workers.asking import Asking, Gate, Job, Sent, input_tokens, request_of, shares_answers
+from workers.breaker import Breaker, Breakers
 from workers.cached import CachedAnswer
 from workers.flights import Flights
 from workers.limiter import Limiter, LimiterUnavailable, Permit, Refused
 from workers.outcomes import LONG_WAIT_S, Outcomes, StopRun, track_usage
-from workers.prepared import BudgetIds, StepKit
+from workers.prepared import BudgetIds, PreparedRun, StepKit
+from workers.reserving import reserve
 from workers.waits import Waits
 from workers.writer import BatchWriter
 
@@ -58,6 +48,8 @@ BUDGET_WAITERS = 5
 FLIGHT_WAIT_S = (0.2, 2.0)
 """First and longest pause between two looks at an equal call that another worker is asking."""
 INPUT_MARGIN = 1.1
+NEVER_ANSWERED_S = 30.0
+"""Patience with a provider while nothing of the run was ever answered: then a wrong address is more likely."""
 
 
 class LLMClient:
@@ -70,6 +62,7 @@ class LLMClient:
         stop_run: pauses a run for a reason, with a detail; every other call of it would end the same way.
         has_lease: whether this worker surely counts as alive; while it may not, it must not claim.
         lease_s: how long a slot at a provider stays taken after this process died.
+        outage_s: how long a run waits for a provider that answers nobody before it is paused.
         budgets: finds the budgets of an attempt.
         note_wait: told what a call is waiting for, for `bound_by`; None when it is waiting no more.
     """
@@ -85,6 +78,7 @@ class LLMClient:
         note_wait: Callable[[str], None],
         has_lease: Callable[[], bool],
         lease_s: float,
+        outage_s: float,
         budgets: BudgetIds,
     ) -> None:
         self._worker = worker
@@ -96,6 +90,8 @@ class LLMClient:
         self._note_wait = note_wait
         self._has_lease = has_lease
         self._lease_s = lease_s
+        self._outage_s = outage_s
+        self._breakers = Breakers()
         self._budgets = budgets
         self._short_of_money = 0
         self._waits = Waits()
@@ -171,6 +167,12 @@ class LLMClient:
         """Ends what calls of a run, or of all runs, wait for: they look whether to go on."""
         self._waits.end(run)
         self._waits_to_send.end(run)
+        if run is not None:
+            self._breakers.forget(run)
+
+    def held_up(self) -> int:
+        """How many calls wait because their provider answers nobody."""
+        return self._breakers.waiting()
 
     def ask_anew(self, run: int | None = None) -> None:
         """Lets calls of a run, or all, that wait for a permit ask again: limits or priorities are others now."""
@@ -241,9 +243,21 @@ class LLMClient:
             # For another round: nobody waits in a shard for somebody who may come tomorrow.
             await self._outcomes.release(job, asking, CallEnd("pending", next_at_s=asking.wait_s))
             return None
+        breaker, call = self._breakers.of(route.provider, route.model), job.call.id
+        if not breaker.lets(call):
+            may_leave = asking.route_index + 1 < len(job.kit.routes)
+            stays = await self._waits.until(job.run.number, breaker.passage(call, may_leave=may_leave))
+            if stays is None:
+                return asking
+            if not stays:
+                return await self._outcomes.leave(job, asking)
         request = request_of(job, route, asking)
-        async with gate.slots.place(job.run.number, charges.weight(job.run.priority)):
-            sent = await self._send(job, asking, gate, route, request)
+        try:
+            async with gate.slots.place(job.run.number, charges.weight(job.run.priority)):
+                # It may have opened while this call waited for its place.
+                sent = await self._send(job, asking, gate, route, request, breaker) if breaker.lets(call) else asking
+        finally:
+            breaker.ended(call)
         match sent:
             case Sent():
                 return await self._outcomes.conclude(job, asking, sent)
@@ -257,7 +271,7 @@ class LLMClient:
                 return sent
 
     async def _send(
-        self, job: Job, asking: Asking, gate: Gate, route: Route, request: ChatRequest
+        self, job: Job, asking: Asking, gate: Gate, route: Route, request: ChatRequest, breaker: Breaker
     ) -> "Sent | Asking | batches.AnsweredMeanwhile | batches.InFlight | None":
         run = job.run.number
         budget_ids = self._budgets.known(job.run, route.provider) or await self._waits.until(
@@ -276,10 +290,11 @@ class LLMClient:
         if isinstance(permit, Refused):
             await self._outcomes.put_off(job, asking, permit)
             return None
-        if not await self._may_claim(run, permit) or self._gates[route.provider] is not gate:
+        is_due = await self._may_claim(run, permit) and breaker.lets(job.call.id)
+        if not is_due or self._gates[route.provider] is not gate:
             self._limiter.release_unsent(permit)
             return asking
-        request, worst, grant = await self._reserve(job, asking, route, request, budget_ids)
+        request, worst, grant = await reserve(self._writer, self._worker, job, asking, route, request, budget_ids)
         if not isinstance(grant, batches.Claimed):
             self._limiter.release_unsent(permit)
             if isinstance(grant, batches.AnsweredMeanwhile | batches.InFlight):
@@ -298,7 +313,21 @@ class LLMClient:
         sent = await self._exchange(gate, route, request, grant, worst)
         self._give_back(permit, sent.outcome)
         await self._heed(gate, route, sent.outcome)
-        return sent
+        outage = self._outage(breaker, job.run, job.call.id, sent.outcome)
+        return sent if outage is None else replace(sent, outage=outage)
+
+    def _outage(
+        self, breaker: Breaker, run: PreparedRun, call: int, outcome: ChatReply | ProviderError
+    ) -> retry.Outage | None:
+        """Tells the breaker of an outcome; returns the outage that it is part of, if it is."""
+        if not isinstance(outcome, ProviderError) or retry.classify(outcome).trouble != "transient":
+            run.has_answers = run.has_answers or not isinstance(outcome, ProviderError)
+            breaker.answered()
+            return None
+        breaker.failed(call, outcome.message, reached=outcome.sent)
+        lasted_s = breaker.lasted_s(run.number)
+        patience_s = self._outage_s if run.has_answers else min(self._outage_s, NEVER_ANSWERED_S)
+        return None if lasted_s is None else retry.Outage(lasted_s, patience_s)
 
     async def _may_claim(self, run: int, permit: Permit) -> bool:
         """Waits until shortly before the send time, and for the lease; False when the run stopped meanwhile."""
@@ -350,35 +379,6 @@ class LLMClient:
             await self._limiter.penalise(gate.pool(route.model), failure.retry_after_s or retry.backoff_s(1, 1.0))
         except LimiterUnavailable:
             log.warning("limiter.unavailable", provider=route.provider)
-
-    async def _reserve(
-        self, job: Job, asking: Asking, route: Route, request: ChatRequest, budget_ids: tuple[int, ...]
-    ) -> tuple[ChatRequest, int, batches.ClaimAnswer]:
-        """Claims at the full cap, or at a smaller one when no budget will pay for the full one any more.
-
-        Returns:
-            The request as it may be sent, its worst price, and the answer to the claim.
-        """
-        worst = worst_price(job, asking, route, request)
-        grant = await self._writer.claim(claim_of(job, asking, route, worst, budget_ids, self._worker))
-        if not isinstance(grant, batches.OverBudget) or not grant.for_good or route.price is None:
-            return request, worst, grant
-        upper, most = input_upper(job, asking, request), request.max_output_tokens
-        least = min(job.run.spec.min_output_tokens, most)
-        in_time = affordable_cap(route.price, upper, grant.spare_nusd, most)
-        if in_time < least:
-            return request, worst, grant
-        now = affordable_cap(route.price, upper, grant.free_nusd, most)
-        if now < max(least, in_time // 2):
-            # What is in flight will give money back, and a much shorter answer would be a waste.
-            return request, worst, replace(grant, for_good=False)
-        request = replace(request, max_output_tokens=now)
-        worst = worst_price(job, asking, route, request)
-        grant = await self._writer.claim(claim_of(job, asking, route, worst, budget_ids, self._worker))
-        if isinstance(grant, batches.OverBudget):
-            # Somebody was faster; whether that is for good is for the next try to find out.
-            grant = replace(grant, for_good=False)
-        return request, worst, grant
 
     async def _not_claimed(
         self, job: Job, asking: Asking, answer: batches.NotMine | batches.OverBudget

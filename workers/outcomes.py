@@ -96,6 +96,14 @@ class Outcomes:
         await self.release(job, asking, CallEnd("pending", error_code="budget"))
         self._stop_run(job.run.number, budgets.REASON, refusal.scope, refusal.limit_nusd)
 
+    async def leave(self, job: Job, asking: Asking) -> None:
+        """Goes on at the next route, because this one's provider answers nobody."""
+        following = job.route(asking.route_index + 1)
+        place = (asking.route_index + 1, following.provider, following.model)
+        told = f"{job.route(asking.route_index).provider} answered nobody"
+        end = CallEnd("pending", error_code="unavailable", error_message=told, route=place)
+        await self.release(job, asking, end, always=True)
+
     async def put_off(self, job: Job, asking: Asking, refused: Refused) -> None:
         """Puts a call back until its request may be sent, or fails it when the provider would never take it."""
         if refused.possible:
@@ -194,7 +202,8 @@ class Outcomes:
         more = asking.route_index + 1 < len(job.kit.routes)
         tries = asking.route_attempts + 1
         luck = random.random()
-        decision = retry.decide(failure, tries, job.kit.step.retry.attempts, more_routes=more, luck=luck)
+        limit = job.kit.step.retry.attempts
+        decision = retry.decide(failure, tries, limit, more_routes=more, luck=luck, outage=sent.outage)
         told = (failure.code, booked.error_message)
         match decision:
             case retry.SendAgain(wait_s) if wait_s <= LONG_WAIT_S:

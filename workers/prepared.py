@@ -81,13 +81,17 @@ class PreparedRun:
         number: of the run.
         run_id: its public id.
         priority: each step doubles its share of a provider's limits beside other runs.
+        has_answers: whether any of its calls was ever answered.
     """
 
-    def __init__(self, number: int, run_id: str, spec: RunSpec, priority: int = 0) -> None:
+    def __init__(
+        self, number: int, run_id: str, spec: RunSpec, priority: int = 0, *, has_answers: bool = False
+    ) -> None:
         self.number = number
         self.run_id = run_id
         self.spec = spec
         self.priority = priority
+        self.has_answers = has_answers
         self._engine = PromptEngine({name: text for name, text in spec.pack_files.items() if name.endswith(".j2")})
         self._kits = {step.name: self._kit(step) for step in spec.workflow.steps if step.asks()}
 
@@ -164,7 +168,8 @@ def find_run(connection: Connection, number: int) -> PreparedRun:
         ValueError: another release began it.
     """
     row = work.run_row(connection, number)
-    return PreparedRun(number, row.run_id, RunSpec.from_json(row.spec), row.priority)
+    has_answers = work.has_answers(connection, number)
+    return PreparedRun(number, row.run_id, RunSpec.from_json(row.spec), row.priority, has_answers=has_answers)
 
 
 class BudgetIds:

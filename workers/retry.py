@@ -4,6 +4,7 @@ An error is first classified (what do we book, what kind of trouble is it), then
 take the next route, give the call up, or stop the run because every other call would end the same way.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, cast
@@ -19,6 +20,11 @@ BACKOFF_FIRST_S = 0.5
 BACKOFF_MOST_S = 30.0
 RATE_LIMITED_TRIES = 5
 """A 429 says nothing about the call, so it may be sent this many times as often as after other errors."""
+OUTAGE_TRIES = 2
+"""While a provider answers nobody a call may be sent this many times as often, because it is hardly to blame; but when
+the last calls of a run fail for reasons of their own, that looks the same, and the run must end."""
+UNAVAILABLE = "provider_unavailable"
+"""Why a run is paused whose provider answered nobody for too long."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +35,7 @@ class Failure:
         code: stable name, for ledgers and reports.
         status: what the attempt becomes; `unknown` when it may have been paid for.
         reason: why the run stops, for trouble of the kind `run`.
+        reached: False when certainly nothing of the request arrived.
     """
 
     code: str
@@ -36,6 +43,20 @@ class Failure:
     trouble: Trouble
     retry_after_s: float | None = None
     reason: str | None = None
+    reached: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Outage:
+    """The provider answers nobody.
+
+    Attributes:
+        lasted_s: since the run of the call met it, in seconds.
+        patience_s: how long it may last before the run is paused.
+    """
+
+    lasted_s: float
+    patience_s: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,10 +117,19 @@ def classify(error: errors.ProviderError) -> Failure:
     status = meaning.status
     if status is None:
         status = {"unknown": "unknown", "yes": "bad_output", "no": "retryable"}[error.billed]
-    return Failure(meaning.code, cast("AttemptStatus", status), meaning.trouble, error.retry_after_s, meaning.reason)
+    booked = cast("AttemptStatus", status)
+    return Failure(meaning.code, booked, meaning.trouble, error.retry_after_s, meaning.reason, error.sent)
 
 
-def decide(failure: Failure, route_attempts: int, limit: int, *, more_routes: bool, luck: float) -> Decision:
+def decide(
+    failure: Failure,
+    route_attempts: int,
+    limit: int,
+    *,
+    more_routes: bool,
+    luck: float,
+    outage: Outage | None = None,
+) -> Decision:
     """Says what happens next.
 
     Args:
@@ -108,11 +138,15 @@ def decide(failure: Failure, route_attempts: int, limit: int, *, more_routes: bo
         limit: attempts allowed on a route.
         more_routes: the fallback chain goes on.
         luck: a random number from 0 to 1, for jitter.
+        outage: of which the failure is a part; None when others are answered. Where another route is left, nobody
+            waits for its end.
     """
     match failure.trouble:
         case "rate_limited" if route_attempts < limit * RATE_LIMITED_TRIES:
             return SendAgain(backoff_s(1, luck))
-        case "transient" if route_attempts < limit:
+        case "transient" if outage is not None and not more_routes and outage.lasted_s >= outage.patience_s:
+            return StopRun(UNAVAILABLE)
+        case "transient" if route_attempts < _tries(failure, limit, None if more_routes else outage):
             return SendAgain(max(failure.retry_after_s or 0.0, backoff_s(route_attempts, luck)))
         case _ if more_routes and failure.trouble != "request":
             return TakeNextRoute()
@@ -120,6 +154,12 @@ def decide(failure: Failure, route_attempts: int, limit: int, *, more_routes: bo
             return StopRun(failure.reason or failure.code)
         case _:
             return GiveUp()
+
+
+def _tries(failure: Failure, limit: int, outage: Outage | None) -> float:
+    if outage is None:
+        return limit
+    return limit * OUTAGE_TRIES if failure.reached else math.inf
 
 
 def backoff_s(tries: int, luck: float) -> float:

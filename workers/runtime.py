@@ -222,6 +222,7 @@ class Runtime:
             self._note_wait,
             self._has_lease,
             settings.worker.lease_s,
+            settings.worker.outage_s,
             BudgetIds(self._database),
         )
         self._reconciler = Reconciler(self._database, self.orchestrator, self._redis, self.worker_id, settings)
@@ -277,6 +278,8 @@ class Runtime:
 
     async def _beat_once(self) -> None:
         waits, self._waits = self._waits, Counter()
+        if held_up := self._client.held_up():
+            waits["outage"] = held_up
         bound_by = self._bound_by(waits)
         lease_until = self._loop.time() + self._settings.worker.lease_s
         held = await asyncio.to_thread(self._beat_in_database, self._client.in_flight, bound_by)

@@ -13,7 +13,7 @@ from typing import Any
 from sqlalchemy import Connection, bindparam, delete, func, insert, or_, select
 
 from orchestrator.database.engine import NOW, AnyRow
-from orchestrator.database.tables import items, prompt_executions, verdicts, windows, workflow_executions
+from orchestrator.database.tables import items, llm_usage, prompt_executions, verdicts, windows, workflow_executions
 
 _calls = prompt_executions.c
 # Built once: every shard asks these two.
@@ -92,6 +92,12 @@ def pending_calls(
     """The claimable calls of a shard: pending, due, and on this provider's route, in the order of their items."""
     chosen = {"window": window, "step": step, "provider": provider, "first": first, "last": last}
     return [PendingCall(*row) for row in connection.execute(_PENDING, chosen)]
+
+
+def has_answers(connection: Connection, run: int) -> bool:
+    """Whether any call of a run was ever answered."""
+    answered = select(llm_usage.c.id).where(llm_usage.c.workflow_execution_id == run, llm_usage.c.status == "ok")
+    return connection.execute(answered.limit(1)).first() is not None
 
 
 def load_items(connection: Connection, run: int, first: int, last: int) -> dict[int, Item]:

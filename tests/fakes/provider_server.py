@@ -186,12 +186,14 @@ def _head(status: int, headers: str, size: int) -> bytes:
 class RunningServer:
     """A server in a thread of this process."""
 
-    def __init__(self, options: ServerOptions) -> None:
+    def __init__(self, options: ServerOptions, port: int = 0) -> None:
         self.provider = FakeProvider(options)
         self._connections: set[asyncio.Transport] = set()
         self._loop = asyncio.new_event_loop()
         self._server = self._loop.run_until_complete(
-            self._loop.create_server(lambda: Connection(self.provider, self._connections), "127.0.0.1", 0, backlog=4096)
+            self._loop.create_server(
+                lambda: Connection(self.provider, self._connections), "127.0.0.1", port, backlog=4096
+            )
         )
         self.port: int = self._server.sockets[0].getsockname()[1]
         self.base_url = f"http://127.0.0.1:{self.port}/v1"
@@ -227,9 +229,9 @@ class RunningServer:
 
 
 @contextmanager
-def running_server(**options: Any) -> Iterator[RunningServer]:
+def running_server(port: int = 0, **options: Any) -> Iterator[RunningServer]:
     """Serve from a thread while the block runs; keyword arguments are `ServerOptions`."""
-    server = RunningServer(ServerOptions(**options))
+    server = RunningServer(ServerOptions(**options), port)
     try:
         yield server
     finally:

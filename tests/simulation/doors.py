@@ -223,6 +223,13 @@ class FakeProvider:
         world.note_sent(request.attempt_id)
         self._process.reach("sent")
         random = world.random
+        if world.loop.time() < world.provider_away_until.get(self.name, 0.0):
+            await asyncio.sleep(0.1)
+            await self._process.awake()
+            world.step("answers nobody")
+            if random.random() < 0.3:
+                raise errors.ConnectionFailed(self.name, "refused", sent=False)
+            raise errors.Unavailable(self.name, "down", billed="no")
         if world.has_fault(0.03):
             world.step("provider hangs")
             await asyncio.sleep(request.timeout_s)

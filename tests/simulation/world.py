@@ -30,6 +30,7 @@ FAULTS_END_S = 600.0
 """After so much virtual time nothing goes wrong any more."""
 ENDS_WITHIN_S = 1500.0
 """After the last fault a run must end within this much virtual time."""
+PROVIDERS = ("main", "spare")
 ENDED = ("completed", "failed", "cancelled")
 BOOKS_EVERY = 16
 """Transactions between two audits of all sums; each is read at the end in any case."""
@@ -80,6 +81,7 @@ class World:
         self.replies: dict[str, Any] = {}
         self.is_broker_away = False
         self.database_away_until = 0.0
+        self.provider_away_until: dict[str, float] = {}
         self.counts: Counter[str] = Counter()
         self.steps = 0
         self.runs: list[int] = []
@@ -272,7 +274,7 @@ class World:
         alive = [one for one in self.workers if not one.is_dead]
         worker = self.random.choice(alive) if alive else None
         match self.random.choice(
-            ("kill", "kill", "kill", "stop", "stop", "term", "forget", "broker", "database", "user")
+            ("kill", "kill", "kill", "stop", "stop", "term", "forget", "broker", "database", "provider", "user")
         ):
             case "kill" if worker:
                 points = ("begin", "commit", "committed", "read", "publish", "published", "sent", "replied")
@@ -298,6 +300,9 @@ class World:
                 self.loop.call_later(later, setattr, self, "is_broker_away", False)
             case "database":
                 self.database_away_until = self.loop.time() + later
+            case "provider":
+                self.step("provider away")
+                self.provider_away_until[self.random.choice(PROVIDERS)] = self.loop.time() + 3 * later
             case _:
                 self._order(user)
 
@@ -412,7 +417,7 @@ class World:
 def _config() -> ConfigManager:
     sections = "\n".join(
         f'[llm_providers.{name}]\ndialect = "openai"\nbase_url = "http://127.0.0.1:9/v1"\ndefault_model = "model"\n'
-        for name in ("main", "spare")
+        for name in PROVIDERS
     )
     with TemporaryDirectory() as name:
         home = Path(name)

@@ -265,7 +265,7 @@ def exit_code(status: dict[str, Any], max_failures: str) -> ExitCode:
         case "paused" if reason == "internal_error":
             return ExitCode.INTERNAL_ERROR
         case "paused" if reason.startswith("provider_"):
-            # A key, a quota or a model name: nothing that waiting or a larger budget would mend.
+            # A key, a quota, a model name, or nobody there: nothing that a larger budget would mend.
             return ExitCode.NOT_READY
         case _:
             return ExitCode.STOPPED

@@ -9,9 +9,11 @@ from hypothesis import strategies as st
 from providers import errors
 from workers.retry import (
     BACKOFF_MOST_S,
+    OUTAGE_TRIES,
     RATE_LIMITED_TRIES,
     Failure,
     GiveUp,
+    Outage,
     SendAgain,
     StopRun,
     TakeNextRoute,
@@ -64,6 +66,42 @@ def test_an_error_of_a_later_release_is_taken_for_an_outage():
         """A kind that the table does not know."""
 
     assert classify(Novel("p", "told")).code == "unavailable"
+
+
+class TestOutages:
+    """The provider answers nobody, so a failure says little about its call."""
+
+    NOW, LONG = Outage(1.0, 60.0), Outage(60.0, 60.0)
+
+    @pytest.mark.parametrize("name", ["unavailable", "timed-out", "reset", "malformed"])
+    def test_a_call_is_sent_more_often_but_not_for_ever(self, name: str):
+        kind, arguments = TABLE[name][:2]
+        failure = classify(kind("p", "told", **arguments))
+        last = LIMIT * OUTAGE_TRIES
+        assert type(decide(failure, last - 1, LIMIT, more_routes=False, luck=0.5, outage=self.NOW)) is AGAIN
+        assert type(decide(failure, last, LIMIT, more_routes=False, luck=0.5, outage=self.NOW)) is GIVE_UP
+        assert type(decide(failure, LIMIT, LIMIT, more_routes=True, luck=0.5, outage=self.NOW)) is NEXT
+
+    def test_nothing_that_never_left_is_counted(self):
+        failure = classify(errors.ConnectionFailed("p", "refused", sent=False))
+        assert type(decide(failure, 1000, LIMIT, more_routes=False, luck=0.5, outage=self.NOW)) is AGAIN
+        assert type(decide(failure, LIMIT, LIMIT, more_routes=False, luck=0.5)) is GIVE_UP
+
+    def test_patience_ends_with_a_pause_of_the_run_unless_there_is_another_route(self):
+        failure = classify(errors.Unavailable("p", "told", billed="no"))
+        assert decide(failure, 1, LIMIT, more_routes=False, luck=0.5, outage=self.LONG) == STOP("provider_unavailable")
+        assert type(decide(failure, 1, LIMIT, more_routes=True, luck=0.5, outage=self.LONG)) is AGAIN
+
+    @pytest.mark.parametrize("name", ["rate-limited", "rejected", "too-long", "content"])
+    def test_other_errors_mean_what_they_always_mean(self, name: str):
+        kind, arguments = TABLE[name][:2]
+        failure = classify(kind("p", "told", **arguments))
+        for tries in (1, LIMIT, LIMIT * RATE_LIMITED_TRIES):
+            told = [
+                type(decide(failure, tries, LIMIT, more_routes=False, luck=0.5, outage=outage))
+                for outage in (None, self.NOW, self.LONG)
+            ]
+            assert len(set(told)) == 1
 
 
 @pytest.mark.parametrize(
