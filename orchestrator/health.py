@@ -17,7 +17,7 @@ from typing import Any, Literal
 from orchestrator.addresses import masked_url
 from orchestrator.broker import all_queues, make_app
 from orchestrator.config import ConfigManager
-from orchestrator.database import Database, DatabaseUnavailable, SchemaOutdated, reports
+from orchestrator.database import Database, DatabaseUnavailable, SchemaOutdated, clock, speed
 from orchestrator.errors import EnvironmentNotReady, Problem
 from orchestrator.settings import Settings
 
@@ -109,9 +109,9 @@ def _database(settings: Settings) -> Iterator[Check]:
         database.check()
         yield Check("database", "ok", f"{database.address} is at this release")
         with database.snapshot() as connection:
-            yield _skew(reports.clock(connection))
+            yield _skew(clock(connection))
             if not settings.is_local:
-                yield from _queues(settings, reports.live_workers(connection))
+                yield from _queues(settings, speed.live_workers(connection))
     except SchemaOutdated as error:
         yield Check("database", "fail", str(error), "run `llm-orchestrator db upgrade`")
     except DatabaseUnavailable as error:

@@ -14,7 +14,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from orchestrator.config import ConfigManager
-from orchestrator.database import AnyRow, Connection, Database, audit, copying, erasing, reports, revisions
+from orchestrator.database import AnyRow, Connection, Database, audit, copying, erasing, reports, revisions, speed
 from orchestrator.database.audit import Change
 from orchestrator.database.runs import OPEN_RUN
 from orchestrator.errors import EnvironmentNotReady, InvalidInput, Problem, WrongState
@@ -97,7 +97,7 @@ class Maintenance:
         kept = None
         if self._database.is_prepared():
             with self._database.snapshot() as connection:
-                alive = reports.live_workers(connection)
+                alive = speed.live_workers(connection)
             if alive:
                 names = ", ".join(worker["id"] for worker in alive)
                 raise WrongState(

@@ -24,6 +24,7 @@ from orchestrator.database import (
     Database,
     DatabaseUnavailable,
     budgets,
+    clock,
     costs,
     intake,
     limits,
@@ -232,7 +233,7 @@ class WorkflowManager:
             if name is None:
                 return budgets.find_budgets(connection, costs.current_scopes(connection))
             run, _ = reports.find_run(connection, name)
-            workflow, clock_s = work.run_row(connection, run).workflow_id, reports.clock(connection)
+            workflow, clock_s = work.run_row(connection, run).workflow_id, clock(connection)
             scopes = {s for one in self._settings.providers for s in budgets.scopes_of(run, workflow, one, clock_s)}
             return budgets.find_budgets(connection, scopes)
 
@@ -341,7 +342,7 @@ class WorkflowManager:
             budgets.GLOBAL_SCOPE: shared.cost_limit_nusd,
             budgets.workflow_scope(workflow): nusd_of(total),
             **{budgets.provider_scope(one.name): one.cost_limit_nusd for one in providers},
-            budgets.day_scope(reports.clock(connection)): shared.daily_cost_limit_nusd,
+            budgets.day_scope(clock(connection)): shared.daily_cost_limit_nusd,
         }
 
     def _renew_limits(self, run: int) -> None:

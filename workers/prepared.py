@@ -14,7 +14,7 @@ from typing import Any
 
 import structlog
 
-from orchestrator.database import Connection, Database, DatabaseUnavailable, budgets, reports, work
+from orchestrator.database import Connection, Database, DatabaseUnavailable, budgets, clock, work
 from orchestrator.planning import needed_answers, segments
 from orchestrator.results import ResultProcessor, aggregate_results, answer_schema
 from orchestrator.runspec import Route, RunSpec
@@ -209,7 +209,7 @@ class BudgetIds:
 
     def _look_up(self, run: PreparedRun, provider: str) -> None:
         with self._database.transaction() as connection:
-            now_s = reports.clock(connection)
+            now_s = clock(connection)
             scopes = budgets.scopes_of(run.number, run.spec.workflow.name, provider, now_s)
             ids = tuple(sorted(budgets.ensure_budgets(connection, scopes).values()))
         if self._day != _day_of(now_s):

@@ -28,10 +28,10 @@ from orchestrator.database import (
     Database,
     batches,
     budgets,
+    clock,
     fleet,
     intake,
     ledger,
-    reports,
     runs,
     windows,
 )
@@ -226,7 +226,7 @@ class Reconciler:
     def _begin_day(self) -> None:
         """Lets runs go on that were paused for the budget of a day which is over."""
         with self._database.snapshot() as connection:
-            waiting = budgets.runs_of_past_days(connection, reports.clock(connection))
+            waiting = budgets.runs_of_past_days(connection, clock(connection))
         for run in waiting:
             log.info("run.day_began", run=run)
             self._tend(run, partial(self._orchestrator.manage_state, run, "running", None, sources=("paused",)))

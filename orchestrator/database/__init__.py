@@ -25,9 +25,9 @@ from sqlalchemy.exc import DBAPIError
 
 from orchestrator.database import batches, cache, costs, intake, revisions
 from orchestrator.database.cache import CacheEntry
-from orchestrator.database.engine import AnyRow, open_engine, parse_url, reading, writing
+from orchestrator.database.engine import AnyRow, clock, open_engine, parse_url, reading, writing
 
-__all__ = ["AnyRow", "CacheEntry", "Connection", "Database", "DatabaseUnavailable", "SchemaOutdated"]
+__all__ = ["AnyRow", "CacheEntry", "Connection", "Database", "DatabaseUnavailable", "SchemaOutdated", "clock"]
 
 DatabaseUnavailable = DBAPIError
 """What a transaction raises when the database cannot be reached or refuses; repeated by `workers.writer` alone."""

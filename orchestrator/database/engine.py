@@ -28,6 +28,7 @@ from sqlalchemy import (
     create_engine,
     event,
     make_url,
+    select,
 )
 from sqlalchemy.engine.interfaces import DBAPIConnection, DBAPICursor
 from sqlalchemy.exc import ArgumentError, OperationalError
@@ -170,6 +171,11 @@ def _sqlite_clock(_element: _Clock, _compiler: SQLCompiler, **_: Any) -> str:  #
 
 NOW: ColumnElement[float] = _Clock()
 """The database's clock as a column: seconds since the epoch, with at least milliseconds."""
+
+
+def clock(connection: Connection) -> float:
+    """The database's clock: seconds since the epoch."""
+    return connection.execute(select(NOW)).scalar_one()
 
 
 @contextmanager

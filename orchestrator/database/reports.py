@@ -7,23 +7,24 @@ in `costs`.
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC
 from typing import Any
 
-from sqlalchemy import Connection, Row, func, literal, not_, or_, select
+from sqlalchemy import Connection, Row, func, literal, or_, select
 
-from orchestrator.database import budgets, costs
-from orchestrator.database.engine import NOW
+from orchestrator.database import budgets, costs, speed
+from orchestrator.database.engine import clock
 from orchestrator.database.runs import OPEN_RUN, RunStatus
-from orchestrator.database.tables import CALL_STATES, prompt_executions, windows, workers, workflow_executions
+from orchestrator.database.tables import CALL_STATES, prompt_executions, windows, workflow_executions
 from orchestrator.database.tables import budgets as budget_rows
 from orchestrator.database.times import iso, iso_epoch
 from orchestrator.errors import RunNotFound
 from orchestrator.money import usd, usd_or_none
 
-RATE_WINDOW_S = 30.0
-"""The speed of a run is measured over this many seconds, so that a pause or a slow start is soon forgotten."""
+PRODUCER_SILENT_S = 60.0
+"""A producer that stored no items for so long is gone."""
 LATEST = "latest"
 _MAX_CANDIDATES = 10
 
@@ -58,7 +59,8 @@ def status(connection: Connection, run: int) -> dict[str, Any]:
     Returns:
         JSON data: money as decimal strings of US dollars, times as ISO 8601 in UTC. `eta_seconds` is None when nothing
         moves or the run has ended, `bound_by` when nothing in particular limits the speed. `budgets` are those with
-        a limit that the run is held to, the one with the least left first; `warnings` name those that are nearly used.
+        a limit that the run is held to, the one with the least left first; `warnings` name those that are nearly used,
+        and tell of a producer that is gone before all items are stored.
 
     Raises:
         LookupError: the run does not exist.
@@ -90,11 +92,11 @@ def status(connection: Connection, run: int) -> dict[str, Any]:
         "started_at": iso(row.started_at),
         "completed_at": iso(row.completed_at),
         "duration_seconds": _duration(connection, row),
-        "eta_seconds": _eta(connection, row, calls),
-        "bound_by": _bound_by(connection, row),
+        "eta_seconds": speed.eta_s(connection, row, calls),
+        "bound_by": speed.bound_by(connection, row),
         "reason_detail": row.reason_detail,
         "budgets": [_shown(one) for one in limits if one.limit_nusd is not None],
-        "warnings": [_warning(one) for one in limits if one.is_nearly_used()],
+        "warnings": _warnings(connection, row, limits),
     }
 
 
@@ -185,27 +187,6 @@ def list_runs(connection: Connection, limit: int = 20, status_is: RunStatus | No
     ]
 
 
-def clock(connection: Connection) -> float:
-    """The database's clock: seconds since the epoch."""
-    return connection.execute(select(NOW)).scalar_one()
-
-
-def live_workers(connection: Connection) -> list[dict[str, Any]]:
-    """Workers whose lease has not run out: `id`, `queues`, `version`, `in_flight`, `bound_by`, oldest first."""
-    alive = workers.c.heartbeat_at >= NOW - workers.c.lease_seconds
-    query = select(workers).where(alive).order_by(workers.c.started_at, workers.c.id)
-    return [
-        {
-            "id": row.id,
-            "queues": [name for name in row.queues.split(",") if name],
-            "version": row.version,
-            "in_flight": row.in_flight,
-            "bound_by": row.bound_by,
-        }
-        for row in connection.execute(query)
-    ]
-
-
 def identity(connection: Connection, run: int) -> str:
     """The hash of what a run was asked to do.
 
@@ -244,6 +225,13 @@ def _shown(budget: budgets.Budget) -> dict[str, Any]:
         "reserved_usd": usd(budget.reserved_nusd),
         "free_usd": usd_or_none(budget.free_nusd()),
     }
+
+
+def _warnings(connection: Connection, row: Row[Any], limits: Sequence[budgets.Budget]) -> list[str]:
+    told = [_warning(one) for one in limits if one.is_nearly_used()]
+    if row.status == "running" and not row.input_complete and row.producer_at < clock(connection) - PRODUCER_SILENT_S:
+        told.insert(0, "items do not come any more: repeat the `run` command that stores them")
+    return told
 
 
 def _warning(budget: budgets.Budget) -> str:
@@ -350,46 +338,3 @@ def _duration(connection: Connection, row: Row[Any]) -> float:
         return round(row.duration_seconds, 3)
     started = row.started_at.replace(tzinfo=row.started_at.tzinfo or UTC)
     return round(max(0.0, clock(connection) - started.timestamp()), 3)
-
-
-def _eta(connection: Connection, row: Row[Any], calls: dict[str, int]) -> float | None:
-    """Seconds that the calls still open take at the present speed."""
-    left = calls["pending"] + calls["running"]
-    if row.status != "running":
-        return None
-    begin = clock(connection) - RATE_WINDOW_S
-    own = (_windows.workflow_execution_id == row.id) & (_windows.progress_at >= begin)
-    # Windows that were opened and closed meanwhile carry their counters: a fast run has many of them.
-    whole = (_windows.status == "closed") & (_windows.round == 1) & (_windows.published_at >= begin)
-    added = func.coalesce(func.sum(_windows.completed + _windows.failed), 0)
-    counted = connection.execute(select(added, func.min(_windows.published_at)).where(own, whole)).one()
-    recent = (
-        select(func.count(), func.min(_calls.completed_at))
-        .select_from(windows)
-        .join(prompt_executions, _windows.id == _calls.window_id)
-        .where(own, not_(whole), _calls.completed_at >= begin, _calls.status.in_(("completed", "failed")))
-    )
-    seen = connection.execute(recent).one()
-    ended = int(counted[0]) + seen[0]
-    first = min(one for one in (counted[1], seen[1], begin + RATE_WINDOW_S) if one is not None)
-    if left == 0 or not ended:
-        return 0.0 if left == 0 else None
-    return round(left * max(1.0, begin + RATE_WINDOW_S - first) / ended, 1)
-
-
-def _bound_by(connection: Connection, row: Row[Any]) -> str | None:
-    """What most calls in flight wait for; `workers` when nobody is there to ask, the reason when the run is paused."""
-    if row.status not in OPEN_RUN:
-        return None
-    if row.status == "paused":
-        return row.reason or "paused"
-    alive = live_workers(connection)
-    if not alive:
-        return "workers"
-    weights: dict[str, int] = {}
-    for worker in alive:
-        if worker["bound_by"] is not None:
-            weights[worker["bound_by"]] = weights.get(worker["bound_by"], 0) + worker["in_flight"] + 1
-    if weights:
-        return max(sorted(weights), key=weights.__getitem__)
-    return "provider" if any(worker["in_flight"] for worker in alive) else None

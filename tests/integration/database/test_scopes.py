@@ -5,7 +5,7 @@ from threading import Thread
 import pytest
 from sqlalchemy import text, update
 
-from orchestrator.database import Database, batches, budgets, fleet, intake, reports
+from orchestrator.database import Database, batches, budgets, clock, fleet, intake, reports
 from orchestrator.database.batches import Claimed, OverBudget
 from orchestrator.database.budgets import GLOBAL_SCOPE
 from orchestrator.database.ledger import Usage
@@ -154,7 +154,7 @@ def test_a_warning_is_given_once_for_each_limit(stage: Stage):
 
 def test_status_tells_limits_the_scarcest_first_and_warns(stage: Stage):
     with stage.database.snapshot() as connection:
-        now_s = reports.clock(connection)
+        now_s = clock(connection)
     with stage.database.transaction() as connection:
         ids = budgets.ensure_budgets(connection, budgets.scopes_of(stage.run, "picks", PROVIDER, now_s))
     limit(stage.database, budgets.day_scope(now_s), 100)

@@ -7,7 +7,7 @@ import pytest
 from sqlalchemy import update
 from structlog.testing import capture_logs
 
-from orchestrator.database import fleet
+from orchestrator.database import fleet, reports
 from orchestrator.database.tables import windows, workflow_executions
 from orchestrator.orchestration import WorkflowOrchestrator
 from orchestrator.settings import WorkerSettings
@@ -115,11 +115,20 @@ def test_a_queue_on_which_nobody_listens_is_told_once_and_not_filled_up(stage: S
 
 def test_a_run_whose_items_do_not_come_any_more_is_told_once(stage: Stage, looked: Looked) -> None:
     with stage.database.transaction() as connection:
-        at = reconciler.windows.NOW - STALL_S - 1
+        at = reconciler.windows.NOW - max(STALL_S, reports.PRODUCER_SILENT_S) - 1
         connection.execute(update(workflow_executions).values(input_complete=False, producer_at=at))
         connection.execute(update(windows).values(published_at=reconciler.windows.NOW))
     assert looked.events() == ["run.producer_silent"]
     assert looked.events() == []
+    assert [told[:28] for told in _warnings(stage)] == ["items do not come any more: "]
+    with stage.database.transaction() as connection:
+        connection.execute(update(workflow_executions).values(producer_at=reconciler.windows.NOW))
+    assert _warnings(stage) == []
+
+
+def _warnings(stage: Stage) -> list[str]:
+    with stage.database.snapshot() as connection:
+        return reports.status(connection, stage.run)["warnings"]
 
 
 def test_a_run_whose_result_files_cannot_be_written_does_not_keep_others_waiting(stage: Stage, looked: Looked) -> None:
