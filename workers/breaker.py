@@ -1,8 +1,8 @@
 """Whether a provider answers anybody, as one process sees it; while it does not, calls wait instead of failing.
 
 An outage is no fault of the calls that meet it. After some failures in a row a breaker opens: calls wait, holding
-neither a place nor a permit nor money, and one at a time is sent as a probe. The first answer lets all of them go on.
-Only what all calls of a route share is judged here; what a failure means for its own call is decided in
+neither a place nor a permit nor money, and now and then one is sent as a probe. The first answer lets all of them go
+on. Only what all calls of a route share is judged here; what a failure means for its own call is decided in
 `workers.retry`.
 
 Each process finds out for itself: the state of others is a few probes away, and nothing that is shared can be wrong.
@@ -21,7 +21,8 @@ FAILURES = 10
 UNREACHED = 3
 """Connections in a row that never came about: no call is the reason for that."""
 PROBES_S = (1.0, 30.0)
-"""First and longest pause before a probe; each one that fails doubles it."""
+"""First and longest pause before a probe; each one doubles it. Nobody waits for the end of a probe to send the next: a
+provider that is silent may keep one until its deadline."""
 
 
 @dataclass(slots=True)
@@ -36,22 +37,20 @@ class Breaker:
     Args:
         provider: for the log.
         model: for the log.
-        probes_s: first and longest pause before a probe, in seconds.
     """
 
-    def __init__(self, provider: str, model: str, probes_s: tuple[float, float] = PROBES_S) -> None:
+    def __init__(self, provider: str, model: str) -> None:
         self._told = {"provider": provider, "model": model}
-        self._probes_s = probes_s
         self._failures = 0
         self._unreached = 0
         self._failed: set[int] = set()
         self._is_open = False
         self._opened_at = 0.0
-        self._pause_s = probes_s[0]
+        self._pause_s = PROBES_S[0]
         self._timer: asyncio.TimerHandle | None = None
         self._is_due = False
         self._has_probed = False
-        self._probe: int | None = None
+        self._probes: set[int] = set()
         self._waiting: deque[_Waiting] = deque()
         self._since: dict[int, float] = {}
 
@@ -62,11 +61,11 @@ class Breaker:
 
     def waiting(self) -> int:
         """How many calls wait, or are sent to see."""
-        return sum(not one.turn.done() for one in self._waiting) + (self._probe is not None)
+        return sum(not one.turn.done() for one in self._waiting) + len(self._probes)
 
     def lets(self, call: int) -> bool:
         """Whether a call may be sent now."""
-        return not self._is_open or self._probe == call
+        return not self._is_open or call in self._probes
 
     async def passage(self, call: int, *, may_leave: bool) -> bool:
         """Waits until a call may be sent.
@@ -80,7 +79,9 @@ class Breaker:
         """
         while not self.lets(call):
             if self._is_due:
-                self._is_due, self._probe = False, call
+                self._is_due = False
+                self._probes.add(call)
+                self._await_next_probe()
                 return True
             if may_leave and self._has_probed:
                 return False
@@ -110,10 +111,9 @@ class Breaker:
             reached: whether anything of the request may have arrived.
         """
         if self._is_open:
-            if self._probe == call:
-                self._probe, self._has_probed = None, True
-                self._pause_s = min(self._probes_s[1], 2 * self._pause_s)
-                self._await_next_probe()
+            if call in self._probes:
+                self._probes.discard(call)
+                self._has_probed = True
                 self._send_away()
             return
         self._failures += 1
@@ -124,9 +124,9 @@ class Breaker:
 
     def ended(self, call: int) -> None:
         """Says that a call is not on its way any more. If it was to be the probe and did not leave, another one is."""
-        if self._probe == call:
-            self._probe, self._is_due = None, True
-            self._wake_first()
+        if call in self._probes:
+            self._probes.discard(call)
+            self._let_one_go()
 
     def lasted_s(self, run: int) -> float | None:
         """For how long a run has met this outage; None when there is none."""
@@ -142,15 +142,14 @@ class Breaker:
     def _open(self, message: str) -> None:
         self._is_open = True
         self._opened_at = asyncio.get_running_loop().time()
-        self._pause_s = self._probes_s[0]
+        self._pause_s = PROBES_S[0]
         self._await_next_probe()
         log.warning("provider.unavailable", **self._told, error=message)
 
     def _close(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
+        self._cancel_timer()
         self._is_open = self._is_due = self._has_probed = False
-        self._probe = None
+        self._probes.clear()
         self._since.clear()
         waiting, self._waiting = self._waiting, deque()
         for one in waiting:
@@ -160,7 +159,13 @@ class Breaker:
         )
 
     def _await_next_probe(self) -> None:
+        self._cancel_timer()
         self._timer = asyncio.get_running_loop().call_later(self._pause_s, self._let_one_go)
+        self._pause_s = min(PROBES_S[1], 2 * self._pause_s)
+
+    def _cancel_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
 
     def _let_one_go(self) -> None:
         self._is_due = True

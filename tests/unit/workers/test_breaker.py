@@ -77,7 +77,7 @@ class TestOpening:
 
 
 class TestProbes:
-    def test_one_call_at_a_time_goes_to_see_after_pauses_that_double(self) -> None:
+    def test_one_call_after_the_other_goes_to_see_after_pauses_that_double(self) -> None:
         sent: list[tuple[int, float]] = []
 
         async def ask(breaker: Breaker, call: int) -> None:
@@ -95,6 +95,22 @@ class TestProbes:
 
         played(scene)
         assert sent == list(zip(range(20, 28), [1.0, 3.0, 7.0, 15.0, 31.0, 61.0, 91.0, 121.0], strict=True))
+
+    def test_a_probe_that_hears_nothing_does_not_hold_up_the_next_one(self) -> None:
+        async def scene() -> None:
+            breaker = opened()
+            waits = [asyncio.ensure_future(breaker.passage(call, may_leave=False)) for call in (21, 22, 23)]
+            for wait, at in zip(waits, (1.0, 3.0, 7.0), strict=True):
+                assert await wait
+                assert now() == at
+            assert breaker.waiting() == 3
+            breaker.failed(22, "no reply", reached=True)
+            breaker.ended(22)
+            assert (breaker.lets(21), breaker.lets(22), breaker.lets(24)) == (True, False, False)
+            breaker.answered()
+            assert breaker.lets(24)
+
+        played(scene)
 
     def test_an_answer_lets_all_go_on_at_once(self) -> None:
         async def scene() -> None:
