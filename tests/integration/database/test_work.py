@@ -166,3 +166,19 @@ def test_the_cache_is_cleaned_of_what_expired_or_of_everything(database: Databas
         assert cache.stats(connection) == {"entries": 1, "expired": 0, "bytes": 1, "hits": 0, "saved_nusd": 0}
         assert cache.purge(connection, everything=True) == 1
         assert cache.stats(connection)["entries"] == 0
+
+
+def test_only_an_answer_tells_that_a_run_was_ever_answered(wide: Stage):
+    def has_answers() -> bool:
+        with wide.database.snapshot() as connection:
+            return work.has_answers(connection, wide.run)
+
+    grant = wide.claimed(0)
+    wide.settle(wide.settlement(0, grant, Usage("retryable", error_code="unavailable"), CallEnd("pending")))
+    wide.claimed(1)
+    assert not has_answers()
+    wide.complete(2)
+    assert has_answers()
+    other = Stage.with_calls(wide.database, 1, name="run-2")
+    with wide.database.snapshot() as connection:
+        assert not work.has_answers(connection, other.run)
