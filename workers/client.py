@@ -376,7 +376,7 @@ class LLMClient:
         if failure.trouble != "rate_limited":
             return
         try:
-            await self._limiter.penalise(gate.pool(route.model), failure.retry_after_s or retry.backoff_s(1, 1.0))
+            await self._limiter.penalise(gate.pool(route.model), failure.retry_after_s or retry.RATE_LIMITED_PAUSE_S)
         except LimiterUnavailable:
             log.warning("limiter.unavailable", provider=route.provider)
 

@@ -16,8 +16,13 @@ Trouble = Literal["rate_limited", "transient", "route", "content", "request", "r
 """rate_limited: too fast. transient: the same request may work later. route: this route will not do.
 content: refused by a policy. request: this request is wrong. run: every call of the run would fail the same way."""
 
-BACKOFF_FIRST_S = 0.5
+BACKOFF_FIRST_S = 0.25
+BACKOFF_GROWTH = 3
+"""The first repetition comes soon, because most failures are accidents of one moment; four tries still span two seconds
+and more, and calls that meet a real outage wait in `workers.breaker`."""
 BACKOFF_MOST_S = 30.0
+RATE_LIMITED_PAUSE_S = 0.5
+"""After a 429 that names no time."""
 RATE_LIMITED_TRIES = 5
 """A 429 says nothing about the call, so it may be sent this many times as often as after other errors."""
 OUTAGE_TRIES = 2
@@ -143,7 +148,7 @@ def decide(
     """
     match failure.trouble:
         case "rate_limited" if route_attempts < limit * RATE_LIMITED_TRIES:
-            return SendAgain(backoff_s(1, luck))
+            return SendAgain(RATE_LIMITED_PAUSE_S * _spread(luck))
         case "transient" if outage is not None and not more_routes and outage.lasted_s >= outage.patience_s:
             return StopRun(UNAVAILABLE)
         case "transient" if route_attempts < _tries(failure, limit, None if more_routes else outage):
@@ -163,6 +168,11 @@ def _tries(failure: Failure, limit: int, outage: Outage | None) -> float:
 
 
 def backoff_s(tries: int, luck: float) -> float:
-    """Seconds to wait after so many tries: doubling, capped, and spread over the upper half of the interval."""
-    full = min(BACKOFF_MOST_S, BACKOFF_FIRST_S * 2 ** (tries - 1))
-    return full * (0.5 + luck / 2)
+    """Seconds to wait after so many tries: growing, capped, and spread over the upper half of the interval."""
+    # In a long outage a call may be sent thousands of times, and no float holds such a power.
+    full = min(BACKOFF_MOST_S, BACKOFF_FIRST_S * BACKOFF_GROWTH ** min(tries - 1, 20))
+    return full * _spread(luck)
+
+
+def _spread(luck: float) -> float:
+    return 0.5 + luck / 2
