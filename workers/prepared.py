@@ -75,7 +75,9 @@ class Prompt:
 
 
 class PreparedRun:
-    """A run's spec with everything compiled. Immutable and shared by all shards of the run.
+    """A run's spec with everything compiled, shared by all shards of the run.
+
+    Nothing of it changes but `priority` and `has_answers`, which the event loop of the process sets.
 
     Args:
         number: of the run.
