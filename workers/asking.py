@@ -80,6 +80,10 @@ class Job:
         """The route at a place of the fallback chain; the last one if the chain is shorter."""
         return self.kit.routes[min(index, len(self.kit.routes) - 1)]
 
+    def has_route_after(self, index: int) -> bool:
+        """Whether the fallback chain goes on behind a place."""
+        return index + 1 < len(self.kit.routes)
+
 
 @dataclass(frozen=True, slots=True)
 class Asking:

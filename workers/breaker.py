@@ -1,4 +1,4 @@
-"""Whether a provider answers anybody, as one process sees it; while it does not, calls wait instead of failing.
+"""Circuit breakers: while a provider answers nobody, as one process sees it, calls wait instead of failing.
 
 An outage is no fault of the calls that meet it. After some failures in a row a breaker opens: calls wait, holding
 neither a place nor a permit nor money, and now and then one is sent as a probe. The first answer lets all of them go

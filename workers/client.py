@@ -245,7 +245,7 @@ class LLMClient:
             return None
         breaker, call = self._breakers.of(route.provider, route.model), job.call.id
         if not breaker.lets(call):
-            may_leave = asking.route_index + 1 < len(job.kit.routes)
+            may_leave = job.has_route_after(asking.route_index)
             stays = await self._waits.until(job.run.number, breaker.passage(call, may_leave=may_leave))
             if stays is None:
                 return asking

@@ -87,21 +87,19 @@ class Outcomes:
 
     async def run_out(self, job: Job, asking: Asking, refusal: batches.OverBudget) -> None:
         """Goes on at another provider when only this one's budget is used up; stops the run otherwise."""
-        here, index = job.route(asking.route_index).provider, asking.route_index + 1
-        following = job.kit.routes[index] if index < len(job.kit.routes) else None
-        if following is not None and following.provider != here and refusal.scope == budgets.provider_scope(here):
-            place = (index, following.provider, following.model)
-            await self.release(job, asking, CallEnd("pending", error_code="budget", route=place), always=True)
+        here, place = job.route(asking.route_index).provider, _next_place(job, asking)
+        has_other = job.has_route_after(asking.route_index) and place[1] != here
+        if has_other and refusal.scope == budgets.provider_scope(here):
+            end = CallEnd("pending", error_code="budget", route=place)
+            await self.release(job, asking, end, always=True)
             return
         await self.release(job, asking, CallEnd("pending", error_code="budget"))
         self._stop_run(job.run.number, budgets.REASON, refusal.scope, refusal.limit_nusd)
 
     async def leave(self, job: Job, asking: Asking) -> None:
         """Goes on at the next route, because this one's provider answers nobody."""
-        following = job.route(asking.route_index + 1)
-        place = (asking.route_index + 1, following.provider, following.model)
         told = f"{job.route(asking.route_index).provider} answered nobody"
-        end = CallEnd("pending", error_code="unavailable", error_message=told, route=place)
+        end = CallEnd("pending", error_code="unavailable", error_message=told, route=_next_place(job, asking))
         await self.release(job, asking, end, always=True)
 
     async def put_off(self, job: Job, asking: Asking, refused: Refused) -> None:
@@ -199,7 +197,7 @@ class Outcomes:
         self, job: Job, asking: Asking, sent: Sent, booked: ledger.Usage, failure: retry.Failure
     ) -> Asking | None:
         """Does what `workers.retry` decides after an attempt without an answer."""
-        more = asking.route_index + 1 < len(job.kit.routes)
+        more = job.has_route_after(asking.route_index)
         tries = asking.route_attempts + 1
         luck = random.random()
         limit = job.kit.step.retry.attempts
@@ -221,9 +219,7 @@ class Outcomes:
             case retry.SendAgain(wait_s):
                 await self._settle(job, asking, sent, booked, CallEnd("pending", next_at_s=wait_s))
             case retry.TakeNextRoute():
-                following = job.route(asking.route_index + 1)
-                place = (asking.route_index + 1, following.provider, following.model)
-                end = CallEnd("pending", error_code=told[0], error_message=told[1], route=place)
+                end = CallEnd("pending", error_code=told[0], error_message=told[1], route=_next_place(job, asking))
                 await self._settle(job, asking, sent, booked, end)
             case retry.GiveUp():
                 end = CallEnd("failed", error_code=told[0], error_message=told[1])
@@ -247,3 +243,9 @@ class Outcomes:
         keep: CacheEntry | None = None,
     ) -> batches.Settlement:
         return batches.Settlement(job.call.id, grant.number, grant.fence, self._worker, usage, end, text, keep)
+
+
+def _next_place(job: Job, asking: Asking) -> tuple[int, str, str]:
+    """The next route of the fallback chain, as a call keeps it."""
+    following = job.route(asking.route_index + 1)
+    return asking.route_index + 1, following.provider, following.model

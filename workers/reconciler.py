@@ -30,9 +30,9 @@ from orchestrator.database import (
     budgets,
     clock,
     fleet,
-    intake,
     ledger,
     runs,
+    speed,
     windows,
 )
 from orchestrator.database.runs import CallEnd
@@ -259,7 +259,7 @@ class Reconciler:
 
     def _tell_of_producers(self, connection: Connection) -> None:
         """Says once of a run that its items do not come any more: only whoever has them can go on."""
-        for run in intake.without_producer(connection, self._stall_s):
+        for run in speed.without_producer(connection, self._stall_s):
             if run.id not in self._told_runs:
                 self._told_runs.add(run.id)
                 log.warning("run.producer_silent", run=run.run_id, hint="repeat its `run` command to store the rest")

@@ -278,8 +278,6 @@ class Runtime:
 
     async def _beat_once(self) -> None:
         waits, self._waits = self._waits, Counter()
-        if held_up := self._client.held_up():
-            waits["outage"] = held_up
         bound_by = self._bound_by(waits)
         lease_until = self._loop.time() + self._settings.worker.lease_s
         held = await asyncio.to_thread(self._beat_in_database, self._client.in_flight, bound_by)
@@ -319,6 +317,8 @@ class Runtime:
         await self._limiter.renew_all(self._settings.worker.lease_s)
 
     def _bound_by(self, waits: Counter[str]) -> str | None:
+        if held_up := self._client.held_up():
+            waits["outage"] = held_up
         if waits:
             return waits.most_common(1)[0][0]
         if self._client.waiting_for_permits:

@@ -12,7 +12,7 @@ from typing import Any
 from sqlalchemy import Connection, func, insert, select, update
 
 from orchestrator.database import budgets
-from orchestrator.database.engine import NOW, AnyRow
+from orchestrator.database.engine import NOW
 from orchestrator.database.runs import OPEN_RUN
 from orchestrator.database.tables import items, windows, workflow_executions
 
@@ -68,17 +68,6 @@ def add_windows(
 def complete_input(connection: Connection, run: int) -> None:
     """Notes that all items are stored."""
     connection.execute(update(workflow_executions).where(_runs.id == run).values(input_complete=True))
-
-
-def without_producer(connection: Connection, silent_s: float) -> list[AnyRow]:
-    """Running runs whose items are not all stored, by a producer that gave no sign of life for so many seconds.
-
-    Columns: id, run_id.
-    """
-    query = select(_runs.id, _runs.run_id).where(
-        _runs.status == "running", _runs.input_complete.is_(False), _runs.producer_at < NOW - silent_s
-    )
-    return list(connection.execute(query))
 
 
 def unfinished(connection: Connection, identity: str) -> str | None:

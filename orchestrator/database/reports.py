@@ -229,7 +229,7 @@ def _shown(budget: budgets.Budget) -> dict[str, Any]:
 
 def _warnings(connection: Connection, row: Row[Any], limits: Sequence[budgets.Budget]) -> list[str]:
     told = [_warning(one) for one in limits if one.is_nearly_used()]
-    if row.status == "running" and not row.input_complete and row.producer_at < clock(connection) - PRODUCER_SILENT_S:
+    if not row.input_complete and speed.without_producer(connection, PRODUCER_SILENT_S, row.id):
         told.insert(0, "items do not come any more: repeat the `run` command that stores them")
     return told
 

@@ -1,18 +1,34 @@
-"""How fast a run goes, what limits it, and which workers are there. Read only."""
+"""How fast a run goes, what limits it, whether its items still come, and which workers are there. Read only."""
 
 from typing import Any
 
 from sqlalchemy import Connection, Row, func, not_, select
 
-from orchestrator.database.engine import NOW, clock
+from orchestrator.database.engine import NOW, AnyRow, clock
 from orchestrator.database.runs import OPEN_RUN
-from orchestrator.database.tables import prompt_executions, windows, workers
+from orchestrator.database.tables import prompt_executions, windows, workers, workflow_executions
 
 RATE_WINDOW_S = 30.0
 """The speed of a run is measured over this many seconds, so that a pause or a slow start is soon forgotten."""
 
+_runs = workflow_executions.c
 _windows = windows.c
 _calls = prompt_executions.c
+
+
+def without_producer(connection: Connection, silent_s: float, run: int | None = None) -> list[AnyRow]:
+    """Running runs whose items are not all stored, by a producer that gave no sign of life for so many seconds.
+
+    Columns: id, run_id.
+
+    Args:
+        connection: of the database.
+        silent_s: how long is too long.
+        run: asks about this one alone; None is all.
+    """
+    gone = (_runs.status == "running") & _runs.input_complete.is_(False) & (_runs.producer_at < NOW - silent_s)
+    query = select(_runs.id, _runs.run_id).where(gone)
+    return list(connection.execute(query if run is None else query.where(_runs.id == run)))
 
 
 def live_workers(connection: Connection) -> list[dict[str, Any]]:

@@ -259,6 +259,10 @@ def test_init_overwrites_nothing_unasked(project: Path) -> None:
 @pytest.mark.parametrize(
     ("status", "failed", "allowed", "code"),
     [
+        ("paused: budget", 0, "0", 5),
+        ("paused: internal_error", 0, "0", 1),
+        ("paused: provider_unavailable", 0, "0", 6),
+        ("paused: provider_key", 0, "0", 6),
         ("completed", 0, "0", 0),
         ("completed", 1, "0", 4),
         ("completed", 2, "2", 0),
@@ -270,4 +274,6 @@ def test_init_overwrites_nothing_unasked(project: Path) -> None:
     ],
 )
 def test_the_end_of_a_run_has_an_exit_code(status: str, failed: int, allowed: str, code: int) -> None:
-    assert exit_code({"status": status, "items": {"total": 10, "failed": failed}}, allowed) == code
+    state, _, reason = status.partition(": ")
+    told = {"status": state, "reason": reason or None, "items": {"total": 10, "failed": failed}}
+    assert exit_code(told, allowed) == code

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from orchestrator.manager import StartedRun
 from tests.engine import Engine, launch_engine
 from tests.fakes.provider_server import running_server
 from tests.packs import ONE, one_step
@@ -32,14 +33,20 @@ def events(engine: Engine, name: str) -> int:
     return engine.logs().count(name)
 
 
-def test_an_outage_is_a_delay_and_no_call_fails_for_it(engine: Engine) -> None:
+def interrupted(engine: Engine, salt: str) -> StartedRun:
+    """A run whose provider goes away in the middle of it, which its worker has noticed."""
     engine.fake.control(latency_s=0.1)
-    run = engine.start_run(CALLS, ONE, salt="outage")
+    run = engine.start_run(CALLS, ONE, salt=salt)
     # Once calls are answered, what the tests before this one did to the provider is over.
-    engine.wait_calls(run, 20)
+    engine.wait_calls(run, CALLS // 4)
     known = events(engine, "provider.unavailable")
     engine.fake.control(**DOWN)
     wait_until(lambda: events(engine, "provider.unavailable") == known + 1, 20)
+    return run
+
+
+def test_an_outage_is_a_delay_and_no_call_fails_for_it(engine: Engine) -> None:
+    run = interrupted(engine, "outage")
     # Those that were on their way come back first; then there is a probe after one second, two, four.
     wait_until(lambda: engine.fake.provider.in_flight == 0)
     before = engine.fake.provider.number
@@ -49,7 +56,7 @@ def test_an_outage_is_a_delay_and_no_call_fails_for_it(engine: Engine) -> None:
     status = engine.wait(run)
     assert (status["calls"]["completed"], status["calls"]["failed"]) == (CALLS, 0)
     history = engine.check(run, repeats=4 * CONCURRENCY)
-    # Without a breaker, the 40 calls that were left would have failed with four attempts each.
+    # Without a breaker, the 45 calls that were left would have failed with four attempts each.
     assert 10 <= history.attempts["retryable"] <= 4 * CONCURRENCY
     assert events(engine, "provider.back") == events(engine, "provider.unavailable")
     print(f"an outage of {status['duration_seconds']} s: {history.attempts['retryable']} attempts found it")
@@ -70,13 +77,8 @@ def test_calls_with_another_route_take_it_while_the_first_one_answers_nobody(eng
     assert {row.error_code for row in told} <= {None, "unavailable"}
 
 
-def test_a_run_that_is_paused_or_cancelled_in_an_outage_does_not_wait_for_its_end(engine: Engine) -> None:
-    engine.fake.control(latency_s=0.1)
-    run = engine.start_run(CALLS, ONE, salt="stopped")
-    engine.wait_calls(run, 10)
-    known = events(engine, "provider.unavailable")
-    engine.fake.control(**DOWN)
-    wait_until(lambda: events(engine, "provider.unavailable") == known + 1, 20)
+def test_a_run_that_is_paused_in_an_outage_does_not_wait_for_its_end(engine: Engine) -> None:
+    run = interrupted(engine, "stopped")
     assert engine.manager.pause(run.run_id)
     wait_until(lambda: engine.status(run)["calls"]["running"] == 0, 10)
     engine.fake.control(**UP)
@@ -107,7 +109,7 @@ def test_patience_has_an_end_and_then_the_run_waits_for_a_person() -> None:
         engine.check(run, repeats=800)
 
 
-def test_a_provider_that_cannot_be_reached_costs_no_call_its_tries_and_is_found_when_it_comes(engine: Engine) -> None:
+def test_a_provider_that_cannot_be_reached_costs_no_call_its_tries_and_is_found_when_it_comes() -> None:
     """Also when its step allows only two tries: nothing has left."""
     port = free_port()
     address = {"main": {"base_url": f"http://127.0.0.1:{port}/v1"}}

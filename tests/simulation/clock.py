@@ -3,7 +3,9 @@
 import asyncio
 import contextvars
 from collections.abc import Callable, Coroutine
-from typing import Any
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 ACTOR: contextvars.ContextVar[Any] = contextvars.ContextVar("actor", default=None)
 """The simulated process on whose behalf the present task runs; None for the world itself."""
@@ -56,3 +58,12 @@ class VirtualLoop(asyncio.BaseEventLoop):
             actor.tasks[task] = None
             task.add_done_callback(actor.tasks.pop)
         return task
+
+
+def played(scene: Coroutine[Any, Any, T]) -> T:
+    """Plays a scene to its end; one in which nobody can ever go on fails."""
+    loop = VirtualLoop(0.0, lambda work, answer: answer.set_result(work()))
+    try:
+        return loop.run_until_complete(scene)
+    finally:
+        loop.close()

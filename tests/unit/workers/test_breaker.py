@@ -1,24 +1,13 @@
 """What a process does with calls to a provider that answers nobody, on virtual time."""
 
 import asyncio
-from collections.abc import Callable, Coroutine
-from typing import Any
 
 import pytest
 
-from tests.simulation.clock import VirtualLoop
+from tests.simulation.clock import played
 from workers.breaker import FAILURES, UNREACHED, Breaker
 
 RUN = 1
-
-
-def played(scene: Callable[[], Coroutine[Any, Any, None]]) -> None:
-    """Plays a scene to its end; one in which nobody can ever go on fails."""
-    loop = VirtualLoop(0.0, lambda work, answer: answer.set_result(work()))
-    try:
-        loop.run_until_complete(scene())
-    finally:
-        loop.close()
 
 
 def opened() -> Breaker:
@@ -51,7 +40,7 @@ class TestOpening:
             assert not breaker.is_open
             assert breaker.lets(1)
 
-        played(scene)
+        played(scene())
 
     def test_one_call_alone_does_not_open_it(self) -> None:
         async def scene() -> None:
@@ -62,7 +51,7 @@ class TestOpening:
             breaker.failed(2, "gone", reached=True)
             assert breaker.is_open
 
-        played(scene)
+        played(scene())
 
     def test_connections_that_never_come_about_open_it_sooner(self) -> None:
         async def scene() -> None:
@@ -73,7 +62,7 @@ class TestOpening:
             breaker.failed(1, "refused", reached=False)
             assert breaker.is_open
 
-        played(scene)
+        played(scene())
 
 
 class TestProbes:
@@ -93,7 +82,7 @@ class TestProbes:
             assert breaker.is_open
             assert breaker.waiting() == 0
 
-        played(scene)
+        played(scene())
         assert sent == list(zip(range(20, 28), [1.0, 3.0, 7.0, 15.0, 31.0, 61.0, 91.0, 121.0], strict=True))
 
     def test_a_probe_that_hears_nothing_does_not_hold_up_the_next_one(self) -> None:
@@ -110,7 +99,7 @@ class TestProbes:
             breaker.answered()
             assert breaker.lets(24)
 
-        played(scene)
+        played(scene())
 
     def test_an_answer_lets_all_go_on_at_once(self) -> None:
         async def scene() -> None:
@@ -123,7 +112,7 @@ class TestProbes:
             assert now() == 0.0
             assert (breaker.waiting(), breaker.lasted_s(RUN)) == (0, None)
 
-        played(scene)
+        played(scene())
 
     def test_when_nobody_waits_the_next_one_goes_at_once(self) -> None:
         async def scene() -> None:
@@ -133,7 +122,7 @@ class TestProbes:
             assert now() == 5.0
             assert not breaker.lets(22)
 
-        played(scene)
+        played(scene())
 
     def test_a_probe_that_did_not_leave_hands_its_turn_on(self) -> None:
         async def scene() -> None:
@@ -145,7 +134,7 @@ class TestProbes:
             assert now() == 1.0
             assert (breaker.lets(21), breaker.lets(22)) == (False, True)
 
-        played(scene)
+        played(scene())
 
     @pytest.mark.parametrize("steps", range(4))
     def test_a_wait_that_is_ended_costs_nobody_else_a_turn(self, steps: int) -> None:
@@ -165,7 +154,7 @@ class TestProbes:
             assert await other
             assert now() == 1.0
 
-        played(scene)
+        played(scene())
 
     def test_those_with_another_route_leave_once_a_probe_has_failed(self) -> None:
         async def scene() -> None:
@@ -183,7 +172,7 @@ class TestProbes:
             assert await staying
             assert now() == 3.0
 
-        played(scene)
+        played(scene())
 
 
 class TestPatience:
@@ -196,4 +185,4 @@ class TestPatience:
             breaker.forget(RUN)
             assert breaker.lasted_s(RUN) == 0.0
 
-        played(scene)
+        played(scene())

@@ -5,7 +5,7 @@ from typing import Any, cast
 
 from providers import errors
 from providers.messages import ChatReply
-from tests.simulation.clock import VirtualLoop
+from tests.simulation.clock import played
 from workers.breaker import FAILURES, Breaker
 from workers.client import NEVER_ANSWERED_S, LLMClient
 from workers.retry import Outage
@@ -38,8 +38,4 @@ def _told(*outcomes: ChatReply | errors.ProviderError) -> list[Outage | None]:
         breaker = Breaker("p", "m")
         return [client._outage(breaker, run, call, outcome) for call, outcome in enumerate(outcomes)]  # pyright: ignore[reportPrivateUsage]
 
-    loop = VirtualLoop(0.0, lambda work, answer: answer.set_result(work()))
-    try:
-        return loop.run_until_complete(scene())
-    finally:
-        loop.close()
+    return played(scene())
